@@ -1,0 +1,64 @@
+"""Packages, extras and the one `package_dir` line.
+
+`kernels/` and `trainer/` are plain folders, not packages: a top-level package called `kernels` would shadow
+Hugging Face's `kernels` and break `from transformers import ...` (see DESIGN.md, section 5).
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Lower bounds are the versions the tests run with.
+TRITON = "triton>=3.8; platform_system == 'Linux'"
+VERIFY = ["rouge-score>=0.1.2", "jiwer>=4.0"]
+TRAIN = [
+    *VERIFY,
+    "transformers>=5.23",
+    "torchvision>=0.29",
+    "decord>=0.6",
+    "av>=18.1",
+    "safetensors>=0.8",
+    "rich>=15.0",
+    "jinja2>=3.1",
+    "matplotlib>=3.11",
+    "numpy>=2.0",
+]
+
+setup(
+    name="raise-core",
+    version="0.1.0",
+    description="Fused reward kernels and a compact GRPO trainer for (video) language models",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["raise_core", "raise_core.*"]),
+        *find_packages("kernels", include=["raise_kernels", "raise_kernels.*"]),
+        *find_packages("trainer", include=["raise_trainer", "raise_trainer.*"]),
+    ],
+    package_dir={"raise_kernels": "kernels/raise_kernels", "raise_trainer": "trainer/raise_trainer"},
+    package_data={
+        "raise_core": ["py.typed"],
+        "raise_kernels": ["py.typed"],
+        "raise_trainer": ["py.typed", "templates/*"],
+    },
+    install_requires=["torch>=2.14"],
+    extras_require={
+        "train": TRAIN,
+        "gpu": [TRITON, "flash-attn>=2.8", "liger-kernel>=0.6"],
+        "bench": [TRITON, "pytest>=9.0", "pytest-benchmark>=5.2", "matplotlib>=3.11"],
+        "test": [
+            *TRAIN,
+            TRITON,
+            "pytest>=9.0",
+            "pytest-benchmark>=5.2",
+            "hypothesis>=6.150",
+            "ruff>=0.17",
+            "mypy>=1.18",
+            "build>=1.2",
+        ],
+    },
+    entry_points={"console_scripts": ["raise-core = raise_trainer.cli:main"]},
+)

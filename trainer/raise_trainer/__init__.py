@@ -1,0 +1,1 @@
+"""The compact GRPO trainer: an application on top of raise_core."""
