@@ -1,0 +1,86 @@
+"""How wrong a result may be. The only file of the tests that holds a tolerance.
+
+A fast implementation is judged by what plain PyTorch loses on the same inputs in the same precision:
+
+    |actual - oracle|  <=  2 * max |peer - oracle|  +  one rounding of the output dtype
+
+`oracle` is the fp64 value. Where determinism is promised the comparison is bitwise: `assert_exact`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PEER_FACTOR = 2.0
+ULPS = 2.0
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def assert_within_error_budget(
+    actual: Tensor, oracle_fp64: Tensor, peer_same_precision: Tensor, *, name: str
+) -> None:
+    """Fail when `actual` is further from the fp64 oracle than twice its peer, plus one rounding band.
+
+    All three have one shape. NaN must meet NaN and an infinity the same infinity. The band is
+    `eps * |oracle|` of `actual`'s dtype, at least `eps` times the smallest normal number.
+    """
+    assert oracle_fp64.dtype == torch.float64, f"{name}: the oracle is {oracle_fp64.dtype}, not float64"
+    assert peer_same_precision.dtype == actual.dtype, (
+        f"{name}: peer {peer_same_precision.dtype}, actual {actual.dtype}"
+    )
+    shapes = [tuple(t.shape) for t in (actual, oracle_fp64, peer_same_precision)]
+    assert len(set(shapes)) == 1, f"{name}: shapes {shapes}"
+    got, want, peer = (t.detach().cpu().double() for t in (actual, oracle_fp64, peer_same_precision))
+    finite = want.isfinite()
+    same_kind = torch.where(finite, got.isfinite(), (got == want) | (got.isnan() & want.isnan()))
+    if not same_kind.all():
+        raise AssertionError(_report(name, "not the same NaN or infinity", ~same_kind, got, want, peer))
+    if not finite.any():
+        return
+    info = torch.finfo(actual.dtype)
+    error = torch.where(finite, (got - want).abs(), 0.0)
+    peer_error = torch.where(finite & peer.isfinite(), (peer - want).abs(), 0.0).max()
+    band = info.eps * torch.where(finite, want.abs(), 0.0).clamp(min=info.tiny)
+    over = error > PEER_FACTOR * peer_error + band
+    if over.any():
+        raise AssertionError(
+            _report(name, f"error above 2 x {peer_error:.3e} + rounding", over, got, want, peer)
+        )
+
+
+def assert_exact(actual: Tensor, expected: Tensor, *, name: str) -> None:
+    """Fail unless both tensors have the same dtype, shape and bits (any NaN equals any NaN)."""
+    assert actual.dtype == expected.dtype, f"{name}: dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
+    got, want = (t.detach().cpu().contiguous() for t in (actual, expected))
+    if got.dtype.is_floating_point:
+        bits = _BITS[got.element_size()]
+        differs = (got.view(bits) != want.view(bits)) & ~(got.isnan() & want.isnan())
+    else:
+        differs = got != want
+    if differs.any():
+        raise AssertionError(
+            _report(name, "not bitwise equal", differs, got.double(), want.double(), want.double())
+        )
+
+
+def assert_at_most(actual: Tensor, bound: Tensor | float, *, name: str) -> None:
+    """Fail when `actual` exceeds `bound` by more than two units in the last place of `actual`'s dtype."""
+    limit = torch.as_tensor(bound, dtype=torch.float64).cpu().expand_as(actual)
+    got = actual.detach().cpu().double()
+    slack = ULPS * torch.finfo(actual.dtype).eps * limit.abs()
+    over = ~(got <= limit + slack)
+    if over.any():
+        raise AssertionError(_report(name, "above its bound", over, got, limit, limit))
+
+
+def _report(name: str, what: str, where: Tensor, got: Tensor, want: Tensor, peer: Tensor) -> str:
+    gap = torch.where(where, (got - want).abs().nan_to_num(torch.inf), -1.0)
+    i = int(gap.argmax())
+    at = tuple(int(k) for k in torch.unravel_index(torch.tensor(i), got.shape)) if got.dim() else ()
+    g, w, p = (t.reshape(-1)[i].item() for t in (got, want, peer))
+    count = f"{int(where.sum())} of {where.numel()}"
+    return f"{name}: {what} in {count}; worst at {at}: got {g!r}, expected {w!r}, peer {p!r}"

@@ -1,0 +1,69 @@
+"""The helpers that judge every other test must themselves be able to fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.budget import assert_at_most, assert_exact, assert_within_error_budget
+
+
+def oracle(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_one_rounding_is_allowed_and_two_are_not() -> None:
+    one = oracle(1.0)
+    ulp = torch.finfo(torch.float32).eps
+    peer = one.float()
+    assert_within_error_budget(torch.tensor([1.0 + ulp]), one, peer, name="one ulp")
+    with pytest.raises(AssertionError, match="two ulps"):
+        assert_within_error_budget(torch.tensor([1.0 + 2 * ulp]), one, peer, name="two ulps")
+
+
+def test_a_bad_peer_widens_the_budget_by_twice_its_error() -> None:
+    want = oracle(1.0, 0.0)
+    peer = torch.tensor([1.25, 0.0])
+    assert_within_error_budget(torch.tensor([1.5, 0.0]), want, peer, name="twice")
+    with pytest.raises(AssertionError, match="thrice"):
+        assert_within_error_budget(torch.tensor([1.75, 0.0]), want, peer, name="thrice")
+
+
+@pytest.mark.parametrize(
+    ("got", "want"),
+    [
+        (float("nan"), 1.0),
+        (1.0, float("nan")),
+        (float("inf"), float("-inf")),
+        (1.0, float("inf")),
+        (float("inf"), float("nan")),
+    ],
+)
+def test_nan_and_infinity_must_match(got: float, want: float) -> None:
+    with pytest.raises(AssertionError, match="NaN or infinity"):
+        assert_within_error_budget(torch.tensor([got]), oracle(want), torch.tensor([want]), name="x")
+
+
+def test_equal_nan_and_infinity_pass() -> None:
+    same = torch.tensor([float("nan"), float("inf"), float("-inf"), 2.0])
+    assert_within_error_budget(same, same.double(), same, name="same")
+    assert_exact(same, same.clone(), name="same")
+
+
+def test_exact_sees_one_bit_sign_of_zero_and_dtype() -> None:
+    one = torch.tensor([1.0])
+    with pytest.raises(AssertionError, match="bitwise"):
+        assert_exact(one.nextafter(torch.tensor(2.0)), one, name="bit")
+    with pytest.raises(AssertionError, match="bitwise"):
+        assert_exact(torch.tensor([-0.0]), torch.tensor([0.0]), name="zero")
+    with pytest.raises(AssertionError, match="dtype"):
+        assert_exact(one, one.double(), name="dtype")
+
+
+def test_at_most_allows_two_ulps() -> None:
+    ulp = torch.finfo(torch.float32).eps
+    assert_at_most(torch.tensor([1.0 + 2 * ulp]), 1.0, name="two")
+    with pytest.raises(AssertionError, match="three"):
+        assert_at_most(torch.tensor([1.0 + 3 * ulp]), 1.0, name="three")
+    with pytest.raises(AssertionError, match="nan"):
+        assert_at_most(torch.tensor([float("nan")]), 1.0, name="nan")
