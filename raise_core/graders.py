@@ -19,10 +19,10 @@ Grade = float | Literal["unparsable", "bad_solution"]
 _OPTION = re.compile(r"\(\s*([A-Za-z])\s*\)|([A-Za-z])(?:\s*$|\s*[):]|\.(?:\s|$))")
 
 _NUMBER = re.compile(
-    r"[$€£¥]?\s*"
-    r"(?P<value>[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
-    r"(?:\s*(?P<unit>[^\W\d_]{1,16}(?:/[^\W\d_]{1,16})?[²³]?|[%°]))?"
-    r"\s*\.?"
+    r"[$€£¥]?[ \u00a0]*"
+    r"(?P<value>[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,9})?)"
+    r"(?:[ \u00a0]*(?P<unit>[^\W\d_]{1,16}(?:/[^\W\d_]{1,16})?[²³]?|[%°]))?"
+    r"[ \u00a0]*\.?"
 )
 
 
@@ -35,7 +35,7 @@ class Number:
 
 
 def option_letter(text: str) -> str | None:
-    """The option chosen by "B", "(B)", "B.", "b) red", "B. red" or "B: red", as a capital; None for "Blue"."""
+    """The option that "B", "(B)", "B.", "b) red", "B. red" or "B: red" names, a capital; None for "Blue"."""
     match = _OPTION.match(text)
     return (match[1] or match[2]).upper() if match else None
 

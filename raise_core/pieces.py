@@ -7,12 +7,13 @@ out in bytes, and characters are counted in the bytes. Spaces that a decoder put
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
+
+from raise_core.token_bytes import Piece, byte_level, fallback_byte, piece_reader
 
 
 class TokenizerLike(Protocol):
@@ -59,17 +60,6 @@ class Layout:
         return len(self.text[:character].encode("utf-8", "surrogateescape"))
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What one token writes: its bytes, and whether the decoder shows a space before or after them."""
-
-    data: bytes
-    space_before: bool = False
-    space_after: bool = False
-
-
-PieceReader = Callable[[str], Piece]
-
 _SILENT = Piece(b"")
 _ID_LIMIT = 2**32
 
@@ -81,7 +71,7 @@ def lay_out(ids: Sequence[int], tokenizer: TokenizerLike, keep: Sequence[str] = 
     `keep` (an answer tag that was added as a special token). Linear in n.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    reader = _piece_reader(backend)
+    reader = piece_reader(backend)
     special = _special_ids(tokenizer)
     if reader is None:
         return decoded_layout(ids, tokenizer, special, keep)
@@ -112,103 +102,8 @@ def _special_ids(tokenizer: TokenizerLike) -> set[int]:
     return special | {token_id for token_id, token in added.items() if getattr(token, "special", False)}
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's stand-ins: a printable Latin-1 byte is itself, the others are U+0100 onwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
-
-
-def _byte_level(token: str) -> Piece:
-    codes = [_BYTE_OF.get(character) for character in token]
-    return Piece(token.encode("utf-8", "surrogatepass") if None in codes else bytes(cast("list[int]", codes)))
-
-
-def _fallback_byte(token: str) -> bytes | None:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes([int(token[3:5], 16)])
-        except ValueError:
-            return None
-    return None
-
-
-def _piece_reader(backend: Any) -> PieceReader | None:
-    """How token strings of a `tokenizers.Tokenizer` become bytes; None if it is not one or is unknown."""
-    if not hasattr(backend, "id_to_token") or not hasattr(backend, "decoder"):
-        return None
-    if backend.decoder is None:
-        return lambda token: Piece(token.encode(), space_before=True)
-    try:
-        steps = _flat_steps(json.loads(backend.decoder.__getstate__()))
-    except (AttributeError, TypeError, ValueError):
-        return None
-    kinds = [step["type"] for step in steps]
-    if "ByteLevel" in kinds:
-        return _byte_level if set(kinds) <= {"ByteLevel", "Fuse"} else None
-    if "WordPiece" in kinds:
-        return _word_piece(steps[0]["prefix"]) if len(steps) == 1 else None
-    if "BPEDecoder" in kinds:
-        return _suffix_piece(steps[0]["suffix"]) if len(steps) == 1 else None
-    return _metaspace(steps)
-
-
-def _flat_steps(state: dict[str, Any]) -> list[dict[str, Any]]:
-    if state["type"] == "Sequence":
-        return [step for inner in state["decoders"] for step in _flat_steps(inner)]
-    return [state]
-
-
-def _word_piece(prefix: str) -> PieceReader:
-    def read(token: str) -> Piece:
-        if token.startswith(prefix):
-            return Piece(token[len(prefix) :].encode())
-        return Piece(token.encode(), space_before=True)
-
-    return read
-
-
-def _suffix_piece(suffix: str) -> PieceReader:
-    def read(token: str) -> Piece:
-        return Piece(token.replace(suffix, "").encode(), space_after=suffix in token)
-
-    return read
-
-
-def _metaspace(steps: Sequence[dict[str, Any]]) -> PieceReader | None:
-    """SentencePiece in its spellings: `▁` is a space, `<0xNN>` a byte.
-
-    The space that such decoders drop at the very start of a text is kept: it lies outside every tag, and
-        dropping it
-    would only shift all offsets by one.
-    """
-    replacements: list[tuple[str, str]] = []
-    has_bytes = False
-    for step in steps:
-        if step["type"] == "Metaspace":
-            replacements.append((step["replacement"], " "))
-        elif step["type"] == "Replace" and "String" in step["pattern"]:
-            replacements.append((step["pattern"]["String"], step["content"]))
-        elif step["type"] == "ByteFallback":
-            has_bytes = True
-        elif step["type"] not in ("Fuse", "Strip"):
-            return None
-
-    def read(token: str) -> Piece:
-        byte = _fallback_byte(token) if has_bytes else None
-        if byte is not None:
-            return Piece(byte)
-        for old, new in replacements:
-            token = token.replace(old, new)
-        return Piece(token.encode())
-
-    return read
-
-
-_LONGEST_CHARACTER = 4  # tokens, of one byte each
+# A chain of tokens each of which ends inside a character; bounded, so that broken bytes cost no more.
+_LONGEST_BLOCK = 16
 
 
 def decoded_layout(
@@ -218,7 +113,8 @@ def decoded_layout(
 
     A block of tokens ends where the text no longer ends in a broken character. Inside a block of several
     tokens the bytes are read off the token strings if these give the same text; if not, every token gets the
-    whole block, so that a span never misses a token and has at most three too many at each end. Linear in n.
+    whole block, so that a span never misses a token but may begin or end with the rest of a block. Linear in
+    n.
     """
     decoded: dict[tuple[int, ...], str] = {}
 
@@ -236,7 +132,9 @@ def decoded_layout(
     for stop in range(1, len(spoken) + 1):
         head = decode([ids[n] for n in spoken[window:begin]])
         text = decode([ids[n] for n in spoken[window:stop]])
-        if text.endswith("\ufffd") and stop - begin < _LONGEST_CHARACTER and stop < len(spoken):
+        # Decoders show a broken character or hide it.
+        incomplete = text.endswith("\ufffd") or text == head
+        if incomplete and stop - begin < _LONGEST_BLOCK and stop < len(spoken):
             continue
         block = spoken[begin:stop]
         added = text[_shared(head, text) :].encode("utf-8", "replace")
@@ -261,12 +159,25 @@ def _sizes_in_block(block: Sequence[int], tokenizer: TokenizerLike, added: bytes
     convert = getattr(tokenizer, "convert_ids_to_tokens", None)
     if len(block) > 1 and convert is not None:
         tokens = [str(token) for token in convert(list(block))]
-        by_byte = [_fallback_byte(token) or token.replace("\u2581", " ").encode() for token in tokens]
-        for pieces in ([_byte_level(token).data for token in tokens], by_byte):
+        for read in (_as_byte_level, _as_sentencepiece, _as_latin_1):
+            pieces = [read(token) for token in tokens]
             if b"".join(pieces) == added:
                 ends = list(accumulate(len(piece) for piece in pieces))
                 return [(end - len(piece), end) for end, piece in zip(ends, pieces, strict=True)]
     return [(0, len(added))] * len(block)
+
+
+def _as_byte_level(token: str) -> bytes:
+    return byte_level(token).data
+
+
+def _as_sentencepiece(token: str) -> bytes:
+    return fallback_byte(token) or token.replace("\u2581", " ").encode("utf-8", "replace")
+
+
+def _as_latin_1(token: str) -> bytes:
+    """ByT5: the token of a byte is the character of that number."""
+    return token.encode("latin-1", "replace")
 
 
 def _fill_silent(starts: list[int], ends: list[int], spoken: Collection[int]) -> None:

@@ -170,6 +170,8 @@ def _check(
         raise ValueError(
             f"offsets: got {offsets.dtype} of shape {list(offsets.shape)}, wanted int64 or int32 [S+1]"
         )
+    if len(offsets) == 1 and len(logp):
+        raise ValueError(f"offsets: got no completion for {len(logp)} tokens of logp, wanted [S+1] bounds")
     if advantage.shape != (len(offsets) - 1,):
         raise ValueError(
             f"advantage: got shape {list(advantage.shape)}, wanted one per completion, [{len(offsets) - 1}]"

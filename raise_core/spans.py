@@ -110,13 +110,14 @@ def _inside(layout: Layout, start: int, stop: int) -> Found:
 def _rows(completion_ids: Sequence[Sequence[int]]) -> list[list[int]]:
     rows: list[list[int]] = []
     for b, row in enumerate(completion_ids):
+        if isinstance(row, Tensor):
+            row = row.tolist()
         if isinstance(row, (int, str)):
             raise TypeError(
                 f"completion_ids[{b}]: got {type(row).__name__}, wanted a list of token ids per completion; "
                 "wrap a single completion as [ids]"
             )
-        ids = row.tolist() if isinstance(row, Tensor) else list(row)
-        rows.append([int(i) for i in ids])
+        rows.append([int(i) for i in row])
     return rows
 
 

@@ -20,7 +20,7 @@ MAX_CHARACTERS = 2048
 """Answers and references are cut to this length before they are graded: ROUGE-L is quadratic in words."""
 
 VerdictReason = Reason | Literal["unparsable", "bad_solution"]
-"""A span's reason, "unparsable" (the answer is no number) or "bad_solution" (the solution is not of its kind)."""
+"""A span's reason, "unparsable" (the answer is no number) or "bad_solution" (the solution is unreadable)."""
 
 
 @dataclass(frozen=True, slots=True)
