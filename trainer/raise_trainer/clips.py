@@ -1,0 +1,57 @@
+"""Videos on disk: H.264 mp4 written with PyAV, frames read back with decord."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import decord
+import numpy as np
+import torch
+
+from .errors import BadMedia
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Sampled frames `[F, H, W, 3]` uint8, their indices in the file, and the file's frame rate [1/s] and length."""
+
+    pixels: torch.Tensor
+    indices: tuple[int, ...]
+    fps: float
+    total: int
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write `[F, H, W, 3]` uint8 RGB frames as H.264.  One encoder thread: the same frames give the same bytes."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=fps, options={"crf": "12", "preset": "veryfast", "threads": "1"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def read_frames(path: Path, count: int) -> Frames:
+    """`count` frames spread evenly over a video (all of them when it has fewer, rounded down to an even number).
+
+    Raises BadMedia, with the path and the reason, for a file that is missing, empty, cut short or not a video.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise BadMedia(f"{path}: {error.strerror}; check `path` in the data file and the data root") from None
+    if size == 0:
+        raise BadMedia(f"{path}: the file is empty; download or write it again")
+    try:
+        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+        total = len(reader)
+        if total < 2:
+            raise BadMedia(f"{path}: {total} frame(s), a video needs at least 2; list it as data_type 'image'")
+        kept = min(count, total) // 2 * 2  # the model merges frames in pairs
+        indices = tuple(int(i) for i in np.linspace(0, total - 1, kept).round())
+        pixels = torch.from_numpy(reader.get_batch(list(indices)).asnumpy())
+        return Frames(pixels, indices, float(reader.get_avg_fps()), total)
+    except (decord.DECORDError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1][:160]
+        raise BadMedia(f"{path}: cannot be decoded ({reason}); re-encode it or drop the row") from None

@@ -1,0 +1,54 @@
+"""What a demo run does, in one typed object; every field is a command-line flag."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .data import OnBad
+from .scoring import RewardKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Train a tiny video model from nothing: synthetic videos, supervised warm start, GRPO, held-out evaluation."""
+
+    out: Path = Path("runs/demo")
+    """folder of the run; must not exist yet, or be empty"""
+    data: Path | None = None
+    """data folder (clips/, sft.json, train.json, test.json); written under `out` when not given"""
+    on_bad: OnBad = "fail"
+    """an unusable row or video stops the run, or is left out, counted and named"""
+    reward: RewardKind = "scre-igsr"
+    """confidence in right answers, or the text score alone"""
+    seed: int = 0
+    """of the data, the weights and the sampling"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 2
+    """CPU threads; part of what "same machine" means"""
+    train_videos: int = 700
+    test_videos: int = 220
+    frames: int = 8
+    """frames sampled per video"""
+    warm_steps: int = 300
+    """supervised steps before GRPO"""
+    warm_videos: int = 16
+    """videos per supervised step, all their questions"""
+    warm_lr: float = 3e-3
+    grpo_steps: int = 100
+    prompts: int = 16
+    """prompts per GRPO step"""
+    group_size: int = 8
+    """completions per prompt (G)"""
+    max_new_tokens: int = 28
+    temperature: float = 1.0
+    grpo_lr: float = 5e-4
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "dr_grpo"
+    """how tokens are averaged"""
+    min_std: float = 0.02
+    """smallest divisor of an advantage, in units of reward"""
+    ema_decay: float = 0.995
+    """weight of the old reference, every 10 steps"""
+    eval_samples: int = 8
+    """samples per held-out question at temperature 1"""
+    smoke: bool = False
+    """a run of seconds that exercises every stage; its figures mean nothing"""

@@ -1,0 +1,68 @@
+"""Writes the demo's data folder: mp4 clips and three files of rows in the Video-R1 schema."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import world
+from .clips import write_mp4
+
+KINDS = {"move": 3, "order": 2, "count": 1}  # scenes drawn in this proportion
+# The warm start's errors, fixed beforehand: in a quarter of the examples the chain contradicts the video and the
+# answer follows the chain (wrong); in another quarter the chain contradicts it and the answer is right all the same.
+CHAIN_AND_ANSWER_WRONG = 0.25
+CHAIN_ALONE_WRONG = 0.25
+
+
+def write_dataset(
+    root: Path, *, train_videos: int, test_videos: int, seed: int, advance: Callable[[int], None]
+) -> None:
+    """Write `clips/*.mp4`, `sft.json` (chains and answers, some wrong), `train.json` and `test.json` (solutions)."""
+    (root / "clips").mkdir(parents=True)
+    rng = random.Random(seed)
+    rows: dict[str, list[dict[str, Any]]] = {"sft": [], "train": [], "test": []}
+    for v in range(train_videos + test_videos):
+        split = "train" if v < train_videos else "test"
+        scene = world.draw_scene(rng, rng.choices(list(KINDS), list(KINDS.values()))[0])
+        name = f"./clips/{split}-{v:05d}.mp4"
+        write_mp4(root / name, world.render(scene), world.FPS)
+        for task in world.TASKS_OF[scene.kind]:
+            number = len(rows["train"]) + len(rows["test"])
+            rows[split].append(_row(rng, scene, task, name, number))
+            if split == "train":
+                rows["sft"].append(rows[split][-1] | _noisy(rng, scene, task))
+        advance(1)
+    for name, some in rows.items():
+        (root / f"{name}.json").write_text(json.dumps(some, indent=0), encoding="utf-8")
+
+
+def _row(rng: random.Random, scene: world.Scene, task: str, path: str, number: int) -> dict[str, Any]:
+    truth = world.claim(scene, task)
+    options = world.options_of(task)
+    answer = world.answer_text(task, truth, options, rng)
+    row = {
+        "problem_id": number,
+        "problem": world.QUESTION[task],
+        "data_type": "video",
+        "problem_type": world.PROBLEM_TYPE[task],
+        "options": options,
+        "solution": f"<answer>{answer[0] if options else answer}</answer>",
+        "path": path,
+        "data_source": f"demo/{task}",
+    }
+    return row | {"references": world.references(rng, truth)} if task == "describe" else row
+
+
+def _noisy(rng: random.Random, scene: world.Scene, task: str) -> dict[str, str]:
+    """The supervised chain and answer of a row, wrong in the fixed shares."""
+    options = world.options_of(task)
+    truth, lie = world.claim(scene, task), world.false_claim(rng, scene, task, options)
+    u = rng.random()
+    chain = lie if u < CHAIN_AND_ANSWER_WRONG + CHAIN_ALONE_WRONG else truth
+    answer = lie if u < CHAIN_AND_ANSWER_WRONG else truth
+    return {
+        "process": f"<think>{world.chain_text(task, chain)}</think>",
+        "solution": f"<answer>{world.answer_text(task, answer, options, rng)}</answer>",
+    }

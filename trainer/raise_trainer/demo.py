@@ -1,0 +1,180 @@
+"""The main job: write videos, warm-start a tiny model on flawed chains, train it with GRPO, measure, report."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import tiny
+from .config import DemoConfig
+from .data import Refused, keep_good, load_rows
+from .dataset import write_dataset
+from .errors import UserError
+from .evaluate import Answered, evaluate, summary
+from .logbook import Logbook
+from .loop import Supervised, run_grpo, run_sft
+from .prompts import Prompt, PromptBuilder, target_ids
+from .report import write_report
+
+SMOKE = {
+    "train_videos": 24, "test_videos": 10, "warm_steps": 4, "warm_videos": 4,
+    "grpo_steps": 3, "prompts": 3, "group_size": 4, "eval_samples": 2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The demo's data, ready for the model."""
+
+    processor: Any
+    supervised: list[Supervised]
+    train: list[Prompt]
+    test: list[Prompt]
+    sampling: dict[str, Any]
+
+
+def open_run(out: Path) -> Path:
+    """Make the run's folder.  UserError if it holds something already or cannot be written."""
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out}: already exists; choose another folder or remove it")
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
+    return out
+
+
+def check_device(device: str) -> None:
+    """UserError if a device is asked for that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible to torch; use --device cpu")
+
+
+def prepare(config: DemoConfig, log: Logbook) -> Prepared:
+    """Write (or open) the data folder, check every row, decode every video once."""
+    root = config.data or config.out / "data"
+    if config.data is None:
+        videos = config.train_videos + config.test_videos
+        with log.stage("write videos", videos) as stage:
+            write_dataset(
+                root,
+                train_videos=config.train_videos,
+                test_videos=config.test_videos,
+                seed=config.seed,
+                advance=stage.advance,
+            )
+    refused = Refused()
+    rows = {
+        name: load_rows(root / f"{name}.json", root, on_bad=config.on_bad, refused=refused)
+        for name in ("sft", "train", "test")
+    }
+    processor = tiny.build_processor()
+    builder = PromptBuilder(
+        processor, frames=config.frames, max_length=tiny.CONTEXT - config.max_new_tokens
+    )
+    prompts: dict[str, list[Prompt]] = {}
+    with log.stage("decode videos", sum(map(len, rows.values()))) as stage:
+        for name, some in rows.items():
+            prompts[name] = keep_good(some, builder, config.on_bad, refused)
+            stage.advance(len(some))
+    tokenizer = processor.tokenizer
+    supervised = keep_good(
+        prompts["sft"], lambda p: Supervised(p, target_ids(p.row, tokenizer)), config.on_bad, refused
+    )
+    if refused.items:
+        log.say(f"warning: {refused}")
+        (config.out / "refused.json").write_text(json.dumps(refused.items, indent=1), encoding="utf-8")
+    for name, some in {**prompts, "sft": supervised}.items():
+        if not some:
+            raise UserError(f"{root / name}.json: no usable row is left; {refused}")
+    sampling = {
+        "max_new_tokens": config.max_new_tokens,
+        "eos": tokenizer.eos_token_id,
+        "suppress": tokenizer.convert_tokens_to_ids(list(tiny.MEDIA)),
+    }
+    return Prepared(processor, supervised, prompts["train"], prompts["test"], sampling)
+
+
+def held_out(model: Any, data: Prepared, config: DemoConfig, log: Logbook, name: str) -> list[Answered]:
+    """Sampled and greedy answers to every held-out question; the means are written to metrics.jsonl."""
+    tokenizer = data.processor.tokenizer
+    with log.stage(f"evaluate {name}", 2 * len(data.test)) as stage:
+        answered = evaluate(
+            model,
+            data.test,
+            tokenizer,
+            samples=config.eval_samples,
+            temperature=1.0,
+            generator=torch.Generator(model.device).manual_seed(config.seed),
+            advance=stage.advance,
+            **data.sampling,
+        )
+        greedy = evaluate(
+            model,
+            data.test,
+            tokenizer,
+            samples=1,
+            temperature=0.0,
+            generator=None,
+            advance=stage.advance,
+            **data.sampling,
+        )
+    figures = summary(answered)
+    of_greedy = summary(greedy)
+    figures |= {f"{key}_greedy": of_greedy[key] for key in ("accuracy", "match")}
+    log.write(f"evaluate {name}", 0, **figures)
+    return answered
+
+
+def save_model(model: Any, processor: Any, folder: Path) -> None:
+    """A Hugging Face checkpoint (safetensors) with its processor; `from_pretrained` loads both."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def warm_start(data: Prepared, config: DemoConfig, log: Logbook) -> Any:
+    """A new model after the supervised warm start."""
+    model = tiny.build_model(data.processor, seed=config.seed).to(config.device)
+    run_sft(model, data.supervised, config, log, name="warm start", steps=config.warm_steps)
+    return model
+
+
+def start(config: DemoConfig) -> tuple[DemoConfig, Logbook]:
+    """Open the run's folder and fix what the figures depend on."""
+    check_device(config.device)
+    if config.smoke:
+        config = replace(config, **SMOKE)
+    open_run(config.out)
+    torch.set_num_threads(config.threads)
+    text = json.dumps(asdict(config) | {"torch": torch.__version__}, indent=1, default=str)
+    (config.out / "config.json").write_text(text, encoding="utf-8")
+    return config, Logbook(config.out)
+
+
+def run_demo(config: DemoConfig) -> Path:
+    """The whole job; returns the path of the report."""
+    config, log = start(config)
+    data = prepare(config, log)
+    model = warm_start(data, config, log)
+    before = held_out(model, data, config, log, "warm start")
+    run_grpo(model, data.train, data.processor.tokenizer, config, log, name="grpo", sampling=data.sampling)
+    after = held_out(model, data, config, log, "after grpo")
+    save_model(model, data.processor, config.out / "model")
+    _final_table(log, config, before, after)
+    report = write_report(config, log, data.test, {"warm start": before, "after GRPO": after})
+    log.say(f"{log.seconds:.0f} s.  Model: {config.out / 'model'}  Report: {report}")
+    return report
+
+
+def _final_table(log: Logbook, config: DemoConfig, before: Sequence[Answered], after: Sequence[Answered]) -> None:
+    a, b = summary(before), summary(after)
+    shown = [key for key in a if "/" not in key]
+    rows = [[key, f"{a[key]:.3f}", f"{b[key]:.3f}", f"{b[key] - a[key]:+.3f}"] for key in shown]
+    title = f"{len(before) // config.eval_samples} questions on unseen videos, {config.eval_samples} samples each"
+    log.table(title, ["", "warm start", f"GRPO, {config.reward}", "change"], rows)

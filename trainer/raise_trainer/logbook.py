@@ -1,0 +1,99 @@
+"""What a run says and keeps: a progress bar with time left, `metrics.jsonl`, `timings.jsonl`, tables.
+
+Figures that depend on the clock go to timings.jsonl alone, so that metrics.jsonl of two runs with the same seed
+on the same machine are the same bytes.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on
+
+
+class Stage:
+    """One bar; `advance` moves it and shows a few figures beside it."""
+
+    def __init__(self, log: "Logbook", name: str, total: int, bar: Progress | None):
+        self._log, self._name, self._total, self._bar = log, name, total, bar
+        self._task = bar.add_task(name, total=total, note="") if bar else None
+        self._start = self._said = time.monotonic()
+        self._done = 0
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        """`n` more units are done."""
+        self._done += n
+        note = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=n, note=note)
+            return
+        now = time.monotonic()
+        if now - self._said >= QUIET_SECONDS or self._done == self._total:
+            left = (now - self._start) / self._done * (self._total - self._done)
+            self._log.say(f"{self._name} {self._done}/{self._total}, {left:.0f} s left  {note}")
+            self._said = now
+
+
+class Logbook:
+    """The run's folder and the console."""
+
+    def __init__(self, out: Path, console: Console | None = None):
+        self.out = out
+        self.console = console or Console(highlight=False)
+        self.records: list[dict[str, Any]] = []
+        self._started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """One line on the console."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Stage]:
+        """A named part of the run with `total` units of work."""
+        begun = time.monotonic()
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description:<22}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with Progress(*columns, console=self.console) as bar:
+                yield Stage(self, name, total, bar)
+        else:
+            yield Stage(self, name, total, None)
+        seconds = time.monotonic() - begun
+        self._append("timings.jsonl", {"stage": name, "units": total, "seconds": round(seconds, 3)})
+
+    def write(self, stage: str, step: int, **figures: float) -> None:
+        """One line of metrics.jsonl."""
+        record = {"stage": stage, "step": step, **figures}
+        self.records.append(record)
+        self._append("metrics.jsonl", record)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with (self.out / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
+        """A table on the console; the first column is text, the others align right."""
+        table = Table(title=title, title_justify="left", show_edge=False)
+        for i, name in enumerate(header):
+            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.monotonic() - self._started

@@ -1,0 +1,160 @@
+"""The two training loops.  `run_grpo` reads like the method's algorithm box.
+
+    for every batch of prompts:
+        sample G completions each                        rollout.sample
+        text score; confidence of the answer under the   scoring.score
+        reference; SCRE / IGSR reward
+        reward minus its group's mean                    raise_core.group_advantages
+        one policy-gradient step                         update.grpo_step
+        the reference follows slowly                     raise_core.EmaReference
+
+Departures from the paper: one update per rollout (so no clipping happens), no KL term (as in its best setting), a
+reference that starts from the warm-started model instead of a pretrained one.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+import raise_core as rc
+
+from .config import DemoConfig
+from .evaluate import judge
+from .logbook import Logbook
+from .prompts import Prompt
+from .rollout import Rollout, sample
+from .scoring import Scored, score, share_of_equal_groups
+from .update import grpo_step, sft_step
+
+T = TypeVar("T")
+TABLE_EVERY = 50  # GRPO steps between completion tables
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """A prompt and the completion to imitate."""
+
+    prompt: Prompt
+    target: list[int]
+
+
+def _batches(items: Sequence[T], size: int, rng: random.Random) -> Iterator[list[T]]:
+    """Endless shuffled epochs in batches of `size`; an epoch's short last batch goes on into the next one."""
+    pool: list[T] = []
+    while True:
+        while len(pool) < size:
+            pool += rng.sample(items, len(items))
+        yield pool[:size]
+        pool = pool[size:]
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
+    """Ten steps of warm-up, then linear decay to a tenth."""
+    lr = peak * min(1.0, (step + 1) / 10) * (1 - 0.9 * step / steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _adamw(model: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def run_sft(
+    model: Any, examples: Sequence[Supervised], config: DemoConfig, log: Logbook, *, name: str, steps: int
+) -> None:
+    """`steps` supervised steps; a batch is all the examples of `warm_videos` videos, each encoded once."""
+    model.train()
+    by_clip: dict[int, list[Supervised]] = {}
+    for example in examples:
+        by_clip.setdefault(id(example.prompt.clip), []).append(example)
+    batches = _batches(list(by_clip.values()), config.warm_videos, random.Random(f"{config.seed} {name}"))
+    optimizer = _adamw(model, config.warm_lr)
+    with log.stage(name, steps) as stage:
+        for step in range(steps):
+            _set_lr(optimizer, config.warm_lr, step, steps)
+            batch = [example for clip in next(batches) for example in clip]
+            figures = sft_step(model, optimizer, [e.prompt for e in batch], [e.target for e in batch])
+            log.write(name, step, **figures)
+            stage.advance(loss=figures["loss"])
+
+
+def run_grpo(
+    model: Any,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    config: DemoConfig,
+    log: Logbook,
+    *,
+    name: str,
+    sampling: dict[str, Any],
+    on_step: Callable[[int], None] = lambda _: None,
+) -> rc.EmaReference:
+    """GRPO with the configured reward; returns the reference."""
+    reference = rc.EmaReference(model, decay=config.ema_decay)
+    optimizer = _adamw(model, config.grpo_lr)
+    batches = _batches(prompts, config.prompts, random.Random(f"{config.seed} grpo"))
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    with log.stage(name, config.grpo_steps) as stage:
+        for step in range(config.grpo_steps):
+            _set_lr(optimizer, config.grpo_lr, step, config.grpo_steps)
+            model.eval()
+            rollout = sample(
+                model,
+                next(batches),
+                group_size=config.group_size,
+                temperature=config.temperature,
+                generator=generator,
+                **sampling,
+            )
+            scored = score(
+                rollout, reference.model, tokenizer, group_size=config.group_size, kind=config.reward
+            )
+            group = torch.tensor(rollout.owner)
+            advantage = rc.group_advantages(scored.reward, group, min_std=config.min_std)
+            model.train()
+            figures = grpo_step(
+                model,
+                optimizer,
+                rollout,
+                advantage,
+                scored.logp_ref,
+                kind=config.loss,
+                max_length=config.max_new_tokens,
+            )
+            reference.update(model, step + 1)
+            figures |= scored.metrics | _judged(rollout, scored)
+            figures["equal_groups_share"] = share_of_equal_groups(scored.reward, rollout.owner)
+            log.write(name, step, **figures)
+            stage.advance(reward=figures["reward_mean"], acc=figures["accuracy"], match=figures["match"])
+            if step % TABLE_EVERY == TABLE_EVERY - 1:
+                _completion_table(log, name, step, rollout, scored, advantage)
+            on_step(step)
+    return reference
+
+
+def _judged(rollout: Rollout, scored: Scored) -> dict[str, float]:
+    verdicts = [judge(rollout.prompts[p].row, t) for p, t in zip(rollout.owner, scored.text, strict=True)]
+    return {
+        "accuracy": sum(right for right, _ in verdicts) / len(verdicts),
+        "match": sum(match for _, match in verdicts) / len(verdicts),
+    }
+
+
+def _completion_table(
+    log: Logbook, name: str, step: int, rollout: Rollout, scored: Scored, advantage: torch.Tensor
+) -> None:
+    """Half of the first prompt's group and half of the second's."""
+    g = len(rollout.completions) // len(rollout.prompts)
+    rows = []
+    for b in [*range(g // 2), *range(g, g + g // 2)]:
+        row = rollout.prompts[rollout.owner[b]].row
+        figures = (scored.score[b], scored.confidence[b], scored.reward[b], advantage[b])
+        rows.append([row.problem, scored.text[b], *(f"{float(x):.3f}" for x in figures)])
+    log.table(
+        f"{name}, step {step + 1}",
+        ["prompt", "completion", "text score", "confidence", "reward", "advantage"],
+        rows,
+    )

@@ -1,0 +1,88 @@
+"""From sampled completions to rewards: text score, answer span, confidence under the reference, SCRE / IGSR."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import raise_core as rc
+
+from .forward import forward
+from .rollout import Rollout
+
+RewardKind = Literal["scre-igsr", "accuracy"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """B completions with their rewards.
+
+    text [B]: decoded completions.  score [B]: text score in [0, 1].  found [B]: answer spans.
+    reward [B]; confidence [B] in [0, 1], under the reference, for wrong answers too.
+    logp_ref [T]: log-probability of every completion token under the reference [nats].
+    metrics: means over this batch, by name.
+    """
+
+    text: list[str]
+    score: Tensor
+    found: list[rc.Found]
+    reward: Tensor
+    confidence: Tensor
+    logp_ref: Tensor
+    metrics: dict[str, float]
+
+
+@torch.no_grad()
+def score(rollout: Rollout, reference: Any, tokenizer: Any, *, group_size: int, kind: RewardKind) -> Scored:
+    """Score a rollout.
+
+    kind: "scre-igsr" rewards right answers by the reference's confidence in them (SCRE for strict rows, IGSR
+    for open ones); "accuracy" rewards by the text score alone.  Both log the same figures.
+    """
+    rows = [rollout.prompts[p].row for p in rollout.owner]
+    text = [tokenizer.decode(ids) for ids in rollout.completions]
+    text_score = torch.tensor([row.text_score(t) for row, t in zip(rows, text, strict=True)])
+    found = rc.find_answer_spans(rollout.completions, tokenizer)
+    hidden = forward(reference, rollout.prompts, rollout.completions, rollout.owner)
+    logits = reference.get_output_embeddings()(hidden.states[hidden.completion_rows(rollout.completions)])
+    targets = torch.tensor([t for c in rollout.completions for t in c], device=logits.device)
+    first_rows = torch.tensor([0, *(len(c) for c in rollout.completions[:-1])]).cumsum(0)
+    spans = rc.build_spans(found, rollout.completions, first_rows, rollout.owner).to(logits.device)
+    strict = torch.tensor([row.strict for row in rows])
+    got = rc.confidence_rewards(
+        spans, text_score.to(logits.device), strict.to(logits.device), logits=logits, group_size=group_size
+    )
+    reward, confidence = got.reward.cpu(), got.confidence.cpu()
+    right = strict & (text_score > 0) & (spans.lengths.cpu() > 0)
+    plain = rc.scre(got.parts["logp"], spans.offsets, eta=0.0, lam=0.0, first_index=0).cpu()  # Π p
+    metrics = {
+        "reward_mean": float(reward.mean() if kind == "scre-igsr" else text_score.mean()),
+        "text_score_mean": float(text_score.mean()),
+        "confidence_mean": float(confidence.mean()),
+        "completion_tokens_mean": sum(map(len, rollout.completions)) / len(rollout.completions),
+        "answer_missing_share": sum(f.reason is not None for f in found) / len(found),
+        "scre_differs_share": _share((reward - plain).abs()[right] > 0.01),
+        "igsr_bonus_share": _share(got.parts["has_bonus"].cpu()[~strict]),
+    }
+    return Scored(
+        text,
+        text_score,
+        found,
+        reward if kind == "scre-igsr" else text_score,
+        confidence,
+        rc.token_stats(logits, targets).logp.cpu(),
+        metrics,
+    )
+
+
+def _share(flags: Tensor) -> float:
+    """Share of True; 0 when there is nothing to count."""
+    return float(flags.float().mean()) if flags.numel() else 0.0
+
+
+def share_of_equal_groups(reward: Tensor, owner: Sequence[int]) -> float:
+    """Share of prompts all of whose completions have the same reward: they teach nothing in this step."""
+    groups = reward.view(len(set(owner)), -1)
+    return _share(groups.amax(1) == groups.amin(1))

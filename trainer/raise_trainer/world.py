@@ -1,0 +1,265 @@
+"""The demo world: short videos of coloured shapes, questions about them, and chains that may lie.
+
+A scene is a few shapes on a dark ground, 8 frames at 4 frames per second (2 s).  Three kinds of scene:
+
+    move    one shape crosses the picture            asks: colour, shape, direction, describe
+    order   two shapes, the second appears later     asks: first, when
+    count   one to four shapes                       asks: count
+
+Every question has a true *claim* (what the video shows) and every chain of thought states one claim, so that
+"does the answer follow from the chain" is decided exactly, by parsing both (`answer_follows_chain`).
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 56  # pixels, width = height
+FRAMES = 8
+FPS = 4
+COLOURS = {
+    "red": (225, 40, 40),
+    "green": (40, 200, 60),
+    "blue": (60, 80, 240),
+    "yellow": (240, 220, 40),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+WHEN = ("0.5", "1.0", "1.5")  # seconds; a temporal patch of the model is 0.5 s
+STRICT = ("colour", "shape", "direction", "first", "when", "count")
+TASKS = (*STRICT, "describe")
+TASKS_OF = {"move": ("colour", "shape", "direction", "describe"), "order": ("first", "when"), "count": ("count",)}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape: its colour, the way it moves, where it starts and ends [pixels], and when it appears [frames]."""
+
+    colour: str
+    shape: str
+    start: tuple[float, float]
+    end: tuple[float, float]
+    radius: float
+    appears: int = 0
+    direction: str = ""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one video shows."""
+
+    kind: str
+    things: tuple[Thing, ...]
+    ground: int  # grey level of the background, 0..255
+
+
+def draw_scene(rng: random.Random, kind: str) -> Scene:
+    """One random scene of a kind."""
+    ground = rng.randrange(0, 48)
+    if kind == "move":
+        direction = rng.choice(tuple(DIRECTIONS))
+        dx, dy = DIRECTIONS[direction]
+        radius = rng.uniform(9, 12)
+        half = SIZE / 2 - radius - 1  # a crossing from edge to edge
+        cx, cy = (rng.uniform(radius, SIZE - radius) if d == 0 else SIZE / 2 for d in (dx, dy))
+        thing = Thing(
+            rng.choice(tuple(COLOURS)),
+            rng.choice(SHAPES),
+            (cx - dx * half, cy - dy * half),
+            (cx + dx * half, cy + dy * half),
+            radius,
+            direction=direction,
+        )
+        return Scene(kind, (thing,), ground)
+    cells = [(x, y) for x in (SIZE * 0.25, SIZE * 0.75) for y in (SIZE * 0.25, SIZE * 0.75)]
+    rng.shuffle(cells)
+    if kind == "order":
+        colours = rng.sample(tuple(COLOURS), 2)
+        appears = (0, int(float(rng.choice(WHEN)) * FPS))
+    else:
+        n = rng.randint(1, 4)
+        colours = [rng.choice(tuple(COLOURS)) for _ in range(n)]
+        appears = (0,) * n
+    things = [
+        Thing(colour, rng.choice(SHAPES), cell, cell, rng.uniform(9, 11), appears=frame)
+        for colour, cell, frame in zip(colours, cells, appears, strict=False)
+    ]
+    return Scene(kind, tuple(things), ground)
+
+
+def render(scene: Scene) -> np.ndarray:
+    """The frames of a scene, `[FRAMES, SIZE, SIZE, 3]` uint8 RGB."""
+    frames = []
+    for f in range(FRAMES):
+        image = Image.new("RGB", (SIZE, SIZE), (scene.ground,) * 3)
+        pen = ImageDraw.Draw(image)
+        for thing in scene.things:
+            if f < thing.appears:
+                continue
+            a = f / (FRAMES - 1)
+            x, y = ((1 - a) * s + a * e for s, e in zip(thing.start, thing.end, strict=True))
+            _draw(pen, thing, x, y)
+        frames.append(np.asarray(image))
+    return np.stack(frames)
+
+
+def _draw(pen: ImageDraw.ImageDraw, thing: Thing, x: float, y: float) -> None:
+    r, fill = thing.radius, COLOURS[thing.colour]
+    if thing.shape == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif thing.shape == "square":
+        pen.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=fill)
+    else:
+        pen.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=fill)
+
+
+# --- questions -------------------------------------------------------------------------------------------
+
+QUESTION = {
+    "colour": "What colour is the shape?",
+    "shape": "Which shape is in the video?",
+    "direction": "Which way does the shape move?",
+    "first": "Which colour came first?",
+    "when": "At what second does the second shape appear?",
+    "count": "How many shapes are there?",
+    "describe": "Describe what happens.",
+}
+PROBLEM_TYPE = {
+    **dict.fromkeys(("colour", "shape", "direction", "first"), "multiple choice"),
+    **dict.fromkeys(("when", "count"), "numerical"),
+    "describe": "free-form",
+}
+CHAIN = {
+    "colour": "the colour is {}",
+    "shape": "the shape is a {}",
+    "direction": "it moves {}",
+    "first": "the first is {}",
+    "when": "it appears at {} seconds",
+    "count": "there are {} shapes",
+    "describe": "i see a {} {} moving {}",
+}
+# Several ways to say the same thing.  The references of a row are a sample of them, so a right description
+# scores below 1, and two right ones score differently.
+PHRASINGS = (
+    "a {0} {1} moves {2}",
+    "the {0} {1} goes {2}",
+    "{2} goes a {1} that is {0}",
+    "a {1} coloured {0} is moving {2}",
+    "the video shows a {0} {1} moving {2}",
+    "one {0} {1} slides {2}",
+)
+
+
+def claim(scene: Scene, task: str) -> tuple[str, ...]:
+    """What the video truly shows, as the words that answer `task`."""
+    first = scene.things[0]
+    match task:
+        case "colour" | "first":
+            return (first.colour,)
+        case "shape":
+            return (first.shape,)
+        case "direction":
+            return (first.direction,)
+        case "when":
+            return (f"{scene.things[1].appears / FPS:.1f}",)
+        case "count":
+            return (str(len(scene.things)),)
+        case "describe":
+            return (first.colour, first.shape, first.direction)
+    raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
+
+
+def domain(scene: Scene, task: str) -> tuple[tuple[str, ...], ...]:
+    """The values each word of a claim can take in this scene."""
+    match task:
+        case "colour":
+            return (tuple(COLOURS),)
+        case "shape":
+            return (SHAPES,)
+        case "direction":
+            return (tuple(DIRECTIONS),)
+        case "first":
+            return (tuple(thing.colour for thing in scene.things),)
+        case "when":
+            return (WHEN,)
+        case "count":
+            return (("1", "2", "3", "4"),)
+    return tuple(COLOURS), SHAPES, tuple(DIRECTIONS)
+
+
+def false_claim(rng: random.Random, scene: Scene, task: str, options: Sequence[str]) -> tuple[str, ...]:
+    """A claim that contradicts the video in one word; for multiple choice, another option's."""
+    truth = list(claim(scene, task))
+    i = rng.randrange(len(truth))
+    values = [o.split(". ", 1)[1] for o in options] or domain(scene, task)[i]
+    truth[i] = rng.choice([value for value in values if value != truth[i]])
+    return tuple(truth)
+
+
+def options_of(task: str) -> list[str]:
+    """Options "A. red", "B. green", … of a multiple-choice question; empty for the other kinds."""
+    if PROBLEM_TYPE[task] != "multiple choice":
+        return []
+    values = {"shape": SHAPES, "direction": tuple(DIRECTIONS)}.get(task, tuple(COLOURS))
+    return [f"{letter}. {text}" for letter, text in zip("ABCD", values, strict=False)]
+
+
+def chain_text(task: str, words: Sequence[str]) -> str:
+    """The chain of thought that states a claim."""
+    return CHAIN[task].format(*words)
+
+
+def answer_text(task: str, words: Sequence[str], options: Sequence[str], rng: random.Random) -> str:
+    """The answer that follows from a claim: its option, its number, or one phrasing of its description."""
+    if task == "describe":
+        return rng.choice(PHRASINGS).format(*words)
+    if not options:
+        return words[0]
+    return next(o for o in options if o.split(". ", 1)[1] == words[0])
+
+
+def references(rng: random.Random, words: Sequence[str], n: int = 3) -> list[str]:
+    """`n` phrasings of one description."""
+    return [phrasing.format(*words) for phrasing in rng.sample(PHRASINGS, n)]
+
+
+# --- reading completions back ----------------------------------------------------------------------------
+
+_CHAIN_PATTERN = {
+    task: re.compile(re.escape(text).replace(r"\{\}", r"([a-z0-9.]+)")) for task, text in CHAIN.items()
+}
+_WORDS = {word: i for i, words in enumerate((COLOURS, SHAPES, DIRECTIONS)) for word in words}
+
+
+def chain_claim(task: str, chain: str) -> tuple[str, ...] | None:
+    """The claim a chain of thought states, or None when it states none."""
+    found = _CHAIN_PATTERN[task].fullmatch(chain.strip())
+    return found.groups() if found else None
+
+
+def answer_claim(task: str, answer: str, options: Sequence[str]) -> tuple[str, ...] | None:
+    """The claim an answer makes, or None when it makes none.
+
+    A multiple-choice answer must be one of the options as written: a letter with another option's text
+    claims nothing.  A description claims the one colour, shape and direction it names.
+    """
+    answer = answer.strip()
+    if task == "describe":
+        named: list[set[str]] = [set(), set(), set()]
+        for word in answer.split():
+            if word in _WORDS:
+                named[_WORDS[word]].add(word)
+        return tuple(next(iter(words)) for words in named) if all(len(w) == 1 for w in named) else None
+    if options:
+        return (answer.split(". ", 1)[1],) if answer in options else None
+    return (answer,) if answer else None
+
+
+def answer_follows_chain(task: str, chain: str, answer: str, options: Sequence[str]) -> bool:
+    """Match: the chain states a claim and the answer makes the same one."""
+    stated = chain_claim(task, chain)
+    return stated is not None and stated == answer_claim(task, answer, options)
