@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from raise_kernels.reference import Igsr, igsr_parts
 from torch import Generator, Tensor
+
+from raise_kernels.reference import Igsr, igsr_parts
 
 G = 8
 GROUPS = 200
