@@ -20,11 +20,9 @@ class EmaReference:
     model: any `nn.Module`; it is deep-copied, so a second model's memory is needed. Tied weights stay tied.
     decay: weight of the old reference, in [0, 1]. 0 copies the policy at each update, 1 never moves.
     every: optimiser steps between updates.
-    master_dtype: parameters of lower precision also keep a copy in this dtype, which is what is averaged:
-        with decay 0.995 a bf16 weight would otherwise never move by less than half its last place. Costs 4
-        bytes per parameter.
-    Deterministic; two runs with the same updates agree bit for bit. Raises ValueError for values out of
-    range.
+    master_dtype: a parameter of lower precision also keeps a copy in this dtype, and that is averaged: at
+        decay 0.995 an update is mostly below half a place of a bf16 weight and would be lost.
+    Two runs with the same updates agree bit for bit. Raises ValueError for values out of range.
     """
 
     def __init__(
@@ -59,9 +57,8 @@ class EmaReference:
     def update(self, model: nn.Module, step: int) -> bool:
         """Move towards `model` if `step` is a multiple of `every`; True if moved.
 
-        step: finished optimiser steps, from 1. Buffers are copied, not averaged. Nothing in `model` is
-            written. Raises ValueError if `model` has other
-        parameters or shapes than the model copied at the start.
+        step: finished optimiser steps, from 1. Buffers are copied, not averaged; `model` is not written.
+        Raises ValueError if `model` lacks a tensor of the model copied at the start or has it in another shape.
         """
         if step < 1 or step % self.every:
             return False

@@ -20,7 +20,7 @@ _OPTION = re.compile(r"\(\s*([A-Za-z])\s*\)|([A-Za-z])(?:\s*$|\s*[):]|\.(?:\s|$)
 
 _NUMBER = re.compile(
     r"[$€£¥]?[ \u00a0]*"
-    r"(?P<value>[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,9})?)"
+    r"(?P<value>[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,9})?)"
     r"(?:[ \u00a0]*(?P<unit>[^\W\d_]{1,16}(?:/[^\W\d_]{1,16})?[²³]?|[%°]))?"
     r"[ \u00a0]*\.?"
 )
@@ -44,9 +44,8 @@ def parse_number(text: str) -> Number | None:
     """A number that is the whole of a text, or None.
 
     Read: sign, thousands in groups of three ("1,000"), decimals, exponent ("-2e3"), a currency sign in front,
-        one
-    unit word behind ("3.5 m", "12 km/h", "50 %"), a full stop. Refused: "nan", "inf", what overflows, "1,00",
-    words around the number, several numbers, control characters.
+    one unit word behind ("3.5 m", "12 km/h", "50 %"), a full stop. Refused: "nan", "inf", what overflows,
+    "1,00", other words around the number, several numbers, control characters.
     """
     match = _NUMBER.fullmatch(text.replace("\u2212", "-"))
     if match is None:
@@ -91,10 +90,10 @@ def numerical(answer: str, references: Sequence[str]) -> Grade:
 
 
 def regression(answer: str, references: Sequence[str]) -> Grade:
-    """`1 - min(|got - wanted| / |wanted|, 1)`; for wanted = 0 it is 1 at 0 and 0 elsewhere. Units as
-    `numerical`.
+    """`1 - min(|got - wanted| / |wanted|, 1)`; for wanted = 0 it is 1 at 0 and 0 elsewhere.
 
-    Video-R1 adds 1e-9 above and below, so that the right answer to a solution of 0 scores 0 there.
+    Units as in `numerical`. Video-R1 adds 1e-9 above and below, so that the right answer to a solution of 0
+    scores 0 there.
     """
     numbers = _two_numbers(answer, references[0])
     if isinstance(numbers, str):
@@ -120,10 +119,9 @@ def ocr(answer: str, references: Sequence[str]) -> Grade:
 def free_form(answer: str, references: Sequence[str]) -> Grade:
     """Mean over the references of the mean F of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming.
 
-    The mean, not the best: repeating one reference word for word would score 1, and a group of such answers
-        leaves
-    IGSR no headroom; the mean rewards what the references agree on, and right answers stay apart. rouge-score
-    reads
+    As in Video-R1 a right answer of one word scores 2/3: it has no bigram. The mean is taken over references
+    because repeating the best one word for word would score 1, and a group of such answers leaves IGSR no
+    headroom; the mean rewards what the references agree on, and right answers stay apart. rouge-score reads
     ASCII letters and digits only: text in other scripts has no words for it and scores 0.
     """
     scorer = _rouge()

@@ -72,6 +72,11 @@ def lay_out(ids: Sequence[int], tokenizer: TokenizerLike, keep: Sequence[str] = 
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", tokenizer)
     reader = piece_reader(backend)
+    if reader is None and not (hasattr(tokenizer, "decode") and hasattr(tokenizer, "all_special_ids")):
+        raise TypeError(
+            f"tokenizer: got {type(tokenizer).__name__}, wanted a tokenizer (decode, all_special_ids); "
+            "of a processor pass processor.tokenizer"
+        )
     special = _special_ids(tokenizer)
     if reader is None:
         return decoded_layout(ids, tokenizer, special, keep)
@@ -82,8 +87,7 @@ def lay_out(ids: Sequence[int], tokenizer: TokenizerLike, keep: Sequence[str] = 
             known[token_id] = _SILENT
         else:
             known[token_id] = reader(token)
-    pieces = [known[token_id] for token_id in ids]
-    return _layout(pieces)
+    return _layout([known[token_id] for token_id in ids])
 
 
 def _layout(pieces: Sequence[Piece]) -> Layout:
@@ -113,8 +117,7 @@ def decoded_layout(
 
     A block of tokens ends where the text no longer ends in a broken character. Inside a block of several
     tokens the bytes are read off the token strings if these give the same text; if not, every token gets the
-    whole block, so that a span never misses a token but may begin or end with the rest of a block. Linear in
-    n.
+    whole block, so that a span never misses a token but may begin or end with the rest of a block. Linear.
     """
     decoded: dict[tuple[int, ...], str] = {}
 

@@ -28,13 +28,13 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True, eq=False)
 class PolicyLoss:
-    """loss: scalar with a gradient. metrics: detached scalars by name.
+    """What `policy_loss` returns: `loss`, a scalar with a gradient, and `metrics`, detached scalars by name.
 
     Each metric but `ratio_max` is a sum over this call's tokens divided by `num_tokens`, so the step's figure
     is the sum over its micro-batches; `ratio_max` combines by maximum (0 without tokens).
-    clip_low / clip_high: share of tokens whose gradient the lower / upper clip removed. ratio_mean,
-        ratio_max: of
-    `ratio_t`. kl: mean KL estimate in nats per token, present if `logp_ref` was given.
+    clip_low, clip_high: share of tokens whose gradient the lower or upper clip removed.
+    ratio_mean, ratio_max: of `ratio_t`.
+    kl: mean KL estimate in nats per token, there if `logp_ref` was given.
     """
 
     loss: Tensor
@@ -97,8 +97,7 @@ def policy_loss(
 
 
 def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Padded to packed: `x [B, L, ...]` and `mask [B, L]` (True = a token to score) to `([T, ...], offsets
-    [B+1])`.
+    """Padded `x [B, L, ...]` and `mask [B, L]` (True = a token to score) to `([T, ...], offsets [B+1])`.
 
     Rows keep their order, a row without True becomes an empty span. `offsets` is int64 on the device of
     `mask`. Gradients flow to `x`; the number of tokens is read by the host. Raises TypeError / ValueError

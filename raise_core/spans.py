@@ -3,8 +3,8 @@
 The answer span is the sampled tokens whose characters overlap the stripped text inside the last complete
 `<answer>…</answer>`. It is found from the ids that were really sampled, through the characters each of them
 wrote: nothing is tokenised again and no tag tokens are counted, so merges across a tag border (">B", "</")
-    and characters
-split over tokens do no harm. Shapes: B completions, S spans, T scored tokens (all spans, packed).
+and characters split over tokens do no harm. Shapes: B completions, S spans, T scored tokens (all spans,
+packed).
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def find_answer_spans(
     tokenizer: a Hugging Face tokenizer, fast or slow, or a `tokenizers.Tokenizer`. Special tokens write no
         text, except one that is itself a tag. Decoders that put spaces between tokens (WordPiece) do not
         break a tag.
-    Returns B `Found`. Time is linear in the tokens. Raises TypeError / ValueError for ids or tags of a wrong
-    form.
+    Returns B `Found`, in time linear in the tokens. Raises TypeError / ValueError for ids or tags of a wrong
+    form, or a processor where its tokenizer is wanted.
     """
     check_tags(open, close)
     found: list[Found] = []
@@ -110,14 +110,13 @@ def _inside(layout: Layout, start: int, stop: int) -> Found:
 def _rows(completion_ids: Sequence[Sequence[int]]) -> list[list[int]]:
     rows: list[list[int]] = []
     for b, row in enumerate(completion_ids):
-        if isinstance(row, Tensor):
-            row = row.tolist()
-        if isinstance(row, (int, str)):
+        ids = row.tolist() if isinstance(row, Tensor) else row
+        if isinstance(ids, (int, str)):
             raise TypeError(
-                f"completion_ids[{b}]: got {type(row).__name__}, wanted a list of token ids per completion; "
+                f"completion_ids[{b}]: got {type(ids).__name__}, wanted a list of token ids per completion; "
                 "wrap a single completion as [ids]"
             )
-        rows.append([int(i) for i in row])
+        rows.append([int(i) for i in ids])
     return rows
 
 
@@ -174,7 +173,7 @@ class Spans:
         return self.offsets[1:] - self.offsets[:-1]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Spans:
-        """A copy on `device`; it is not validated again, so nothing waits for the device."""
+        """The same spans on `device`; they are not validated again, so nothing waits for the device."""
         moved = object.__new__(Spans)
         for field in fields(self):
             value = getattr(self, field.name).to(device, non_blocking=non_blocking)

@@ -1,8 +1,7 @@
 """From one token's string to the bytes it writes, by the rules of the tokenizer's own decoder.
 
-Known decoders: byte-level (GPT-2, Qwen, Llama 3), SentencePiece in its spellings (Metaspace, or Replace +
-    ByteFallback),
-WordPiece, `</w>` suffixes, and none at all.
+Known decoders: byte-level (GPT-2, Qwen, Llama 3), SentencePiece in its spellings (Metaspace, or Replace and
+ByteFallback), WordPiece, `</w>` suffixes, and none at all.
 """
 
 from __future__ import annotations
@@ -97,8 +96,7 @@ def _metaspace(steps: Sequence[dict[str, Any]]) -> PieceReader | None:
     """SentencePiece in its spellings: `▁` is a space, `<0xNN>` a byte.
 
     The space that such decoders drop at the very start of a text is kept: it lies outside every tag, and
-        dropping it
-    would only shift all offsets by one.
+    dropping it would only shift all offsets by one.
     """
     replacements: list[tuple[str, str]] = []
     has_bytes = False

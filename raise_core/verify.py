@@ -51,9 +51,8 @@ def verify_details(kind: str, completion_text: str, solution: str | Sequence[str
     completion_text: the whole decoded completion, any text and any length; only its answer is graded.
     solution: "<answer>X</answer>" or X alone; for "ocr" and "free_form" also a list of references.
     Never raises for what a text holds: an answer or solution that cannot be read scores 0 with a reason.
-        Raises
-    ValueError for an unknown kind and TypeError for a solution that is not text; ImportError, with what to
-    install, if "ocr" or "free_form" is asked for without jiwer or rouge-score.
+    Raises ValueError for an unknown kind, TypeError for a completion or solution that is not text, and
+    ImportError, saying what to install, if "ocr" or "free_form" lacks jiwer or rouge-score.
     """
     name = canonical_kind(kind)
     if not isinstance(completion_text, str):
@@ -94,4 +93,4 @@ def _references(kind: str, solution: str | Sequence[str]) -> list[str]:
 
 def _bare(solution: str) -> str:
     answer, missing = answer_in(solution)
-    return answer if missing is None else solution.strip()
+    return answer if missing in (None, "empty") else solution.strip()

@@ -235,6 +235,26 @@ def test_hugging_face_tokenizers_fast_and_slow() -> None:
     assert found == Found(start, start + len("你 B".encode()), "你 B", None)
 
 
+def test_a_decoder_we_do_not_know_is_asked() -> None:
+    tokenizer = byte_level()
+    odd = Tokenizer.from_str(tokenizer.to_str())
+    odd.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip("~", 1, 0)])
+    fast = pytest.importorskip("transformers").PreTrainedTokenizerFast(tokenizer_object=odd, eos_token=EOS)
+    completions = [tokenizer.encode(text).ids for text, _, _ in RULES.values()]
+    assert find_answer_spans(completions, fast) == find_answer_spans(completions, tokenizer)
+
+
+def test_a_processor_is_not_a_tokenizer() -> None:
+    class Processor:
+        tokenizer = byte_level()
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return ""
+
+    with pytest.raises(TypeError, match=r"tokenizer: got Processor.*processor\.tokenizer"):
+        find_answer_spans([[1]], Processor())
+
+
 def test_ten_thousand_tokens_take_well_under_a_second() -> None:
     tokenizer = byte_level()
     ids = tokenizer.encode("<answer>你好 blue ball</answer> moves left " * 800).ids[:10_000]
