@@ -211,7 +211,8 @@ CHECKS = [arrow_faults, weight_faults, size_faults, doc_faults, tolerance_faults
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_source(check) -> None:
-    assert check(ROOT) == []
+    faults = check(ROOT)
+    assert not faults, "\n".join(faults)
 
 
 def test_sizes_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
