@@ -174,7 +174,7 @@ def function_faults(node: ast.FunctionDef, where: str, is_method: bool) -> Itera
     for argument in every:
         if argument is not None and argument.annotation is None:
             yield f"{where}{node.name}: {argument.arg} has no annotation"
-    if node.returns is None:
+    if node.returns is None and node.name != "__init__":
         yield f"{where}{node.name}: no return annotation"
 
 
