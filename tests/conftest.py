@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
+import numpy
 import pytest
 import torch
 
@@ -16,7 +17,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-hypothesis.settings.register_profile("short", max_examples=20, deadline=None, derandomize=True)
+# The interpreter computes with numpy, which warns where an infinity or a NaN is made on purpose.
+numpy.seterr(all="ignore")
+
+hypothesis.settings.register_profile("short", max_examples=12, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("RAISE_FUZZ", "short"))
 
