@@ -1,0 +1,53 @@
+"""The gradient of every differentiable statistic is one expression in p = softmax(z) with four numbers a row.
+
+d logp / dz_i           = [i = y] - p_i
+d lse / dz_i            = p_i
+d entropy / dz_i        = -p_i * (z_i - lse + entropy)
+d self_certainty / dz_i = p_i - 1 / V'                       (over the V' unmasked columns; 0 elsewhere)
+
+dz_i = p_i * (A + B * (z_i - lse)) + C + [i = y] * H,    then dx_i = dz_i * dz/dx
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raise_kernels._checks import DIFFERENTIABLE
+
+
+class Coefficients(NamedTuple):
+    """A, B, C, H of each scored row, [T] each; all 0 where the row has no result or is not scored."""
+
+    on_p: Tensor
+    on_p_logp: Tensor
+    everywhere: Tensor
+    on_target: Tensor
+
+
+def coefficients(
+    grads: Mapping[str, Tensor | None],
+    lse: Tensor,
+    entropy: Tensor | None,
+    count: Tensor | None,
+    scored: Tensor,
+) -> Coefficients:
+    """Fold the upstream gradients [T] of any of logp, lse, entropy, self_certainty into A, B, C, H.
+
+    entropy and count (V') [T] may be None where no gradient arrives through entropy and self_certainty.
+    """
+    live = scored & lse.isfinite()
+    zero = torch.zeros_like(lse)
+    given = {name: grads.get(name) for name in DIFFERENTIABLE}
+    g = {name: zero if v is None else torch.where(live, v.to(lse.dtype), 0.0) for name, v in given.items()}
+    on_p = g["lse"] - g["logp"] + g["self_certainty"]
+    on_p_logp = everywhere = zero
+    if given["entropy"] is not None and entropy is not None:
+        on_p = on_p - g["entropy"] * torch.where(live, entropy, 0.0)
+        on_p_logp = -g["entropy"]
+    if given["self_certainty"] is not None and count is not None:
+        everywhere = torch.where(live, -g["self_certainty"] / count, 0.0)
+    return Coefficients(on_p, on_p_logp, everywhere, g["logp"])

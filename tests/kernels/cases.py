@@ -1,0 +1,143 @@
+"""Implementations under test, the peer they are judged by, and random rows of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from raise_kernels import native, reference, token_stats
+from raise_kernels._checks import PLAIN, STATS, LogitMap
+from tests.budget import assert_within_error_budget
+
+Stats = Callable[..., dict[str, Tensor]]
+IMPLS: dict[str, Stats] = {
+    "reference": reference.token_stats,
+    "native": native.token_stats,
+    "triton": token_stats.token_stats,
+}
+GRADIENT_IMPLS = ["reference", "native"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IGNORED = -100
+
+
+def names_of(impl: str) -> tuple[str, ...]:
+    return tuple(n for n in STATS if impl != "triton" or n != "topk_logp_mean")
+
+
+def permuted_peers(
+    logits: Tensor, y: Tensor, oracle: dict[str, Tensor], how: LogitMap, **kwargs: Any
+) -> dict[str, Tensor]:
+    """fp32 PyTorch on the same numbers, several ways: of each element the least exact result.
+
+    The error of a single run can be small by luck. The ways differ in the order of the columns and in how
+    the temperature is applied. And every statistic goes through a sum of exponentials that is at least 1 and
+    rounded at least once, so no result is expected to be better than that.
+    """
+    columns = how.columns(logits.shape[-1])
+    half_ulp_of_one = torch.finfo(torch.float32).eps / 2
+    worst = {name: (value + half_ulp_of_one).float() for name, value in oracle.items()}
+    for k in range(3):
+        order = torch.arange(columns) if k == 0 else torch.randperm(columns)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(columns)
+        inside = (y >= 0) & (y < columns)
+        moved = torch.where(inside, place[y.clamp(0, columns - 1)], y)
+        peer = reference.token_stats(logits[..., :columns][..., order], moved, how=folded(how, k), **kwargs)
+        for name, value in peer.items():
+            error, before = ((v - oracle[name]).abs() for v in (value, worst[name]))
+            worst[name] = torch.where(error > before, value, worst[name])
+    return worst
+
+
+def folded(how: LogitMap, k: int) -> LogitMap:
+    """`how` on the valid columns alone; for k > 0 with the temperature folded into the other factors."""
+    t = 1.0 if k == 0 else how.temperature * (1 + (k - 1) * torch.finfo(torch.float32).eps / 2)
+    return LogitMap(
+        temperature=how.temperature if k == 0 else 1.0,
+        logit_scale=how.logit_scale / t,
+        softcap=None if how.softcap is None else how.softcap / t,
+        ignore_index=how.ignore_index,
+    )
+
+
+def judge(
+    impl: str,
+    logits: Tensor,
+    y: Tensor,
+    *,
+    how: LogitMap = PLAIN,
+    want: Sequence[str] | None = None,
+    **kw: Any,
+) -> dict[str, Tensor]:
+    """Run `impl` and hold every statistic to its budget."""
+    want = names_of(impl) if want is None else want
+    oracle = reference.token_stats(logits.double(), y, how=how, want=want, **kw)
+    peer = permuted_peers(logits, y, oracle, how, want=want, **kw)
+    actual = IMPLS[impl](logits, y, how=how, want=want, **kw)
+    for name in want:
+        assert actual[name].dtype == torch.float32
+        assert_within_error_budget(actual[name], oracle[name], peer[name], name=f"{impl} {name}")
+    return actual
+
+
+def gradient(stats: Stats, logits: Tensor, y: Tensor, upstream: dict[str, Tensor], **kw: Any) -> Tensor:
+    """d (sum of upstream * statistic) / d logits."""
+    leaf = logits.detach().clone().requires_grad_()
+    out = stats(leaf, y, want=tuple(upstream), **kw)
+    values = [out[name] for name in upstream]
+    return torch.autograd.grad(values, [leaf], [upstream[n].to(out[n].dtype) for n in upstream])[0]
+
+
+@st.composite
+def rows_of_logits(draw: st.DrawFn, largest: int = 700) -> tuple[Tensor, Tensor, LogitMap]:
+    """Logits with shapes, strides, masks and sizes that broke other kernels, their targets, a LogitMap."""
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    lead = draw(st.lists(st.integers(1, 4), min_size=0, max_size=3))
+    vocab = draw(st.one_of(st.sampled_from([1, 2, 63, 64, 65, 512, 513]), st.integers(1, largest)))
+    spread = draw(st.sampled_from([0.0, 1.0, 5.0, 40.0]))
+    x = torch.randn(*lead, vocab, generator=g) * spread + draw(st.sampled_from([0.0, -200.0, 1e4, -1e4]))
+    if draw(st.booleans()):
+        x[..., int(torch.randint(vocab, (), generator=g))] += draw(st.sampled_from([20.0, 200.0]))
+    mask = draw(st.sampled_from(["none", "some", "first half", "rows"]))
+    if mask == "some":
+        x[torch.rand(x.shape, generator=g) < 0.3] = float("-inf")
+    elif mask == "first half":
+        x[..., : vocab // 2] = float("-inf")
+    elif mask == "rows":
+        x[torch.rand(x.shape[:-1], generator=g) < 0.3] = draw(
+            st.sampled_from([float("-inf"), float("nan"), float("inf")])
+        )
+    y = torch.randint(0, vocab, tuple(lead), generator=g)
+    y = torch.where(torch.rand(y.shape, generator=g) < 0.15, IGNORED, y)
+    y = torch.where(torch.rand(y.shape, generator=g) < 0.1, draw(st.sampled_from([-1, vocab, 2**40])), y)
+    how = LogitMap(
+        temperature=draw(st.sampled_from([1.0, 0.3, 2.5])),
+        logit_scale=draw(st.sampled_from([1.0, 0.0625, 3.0])),
+        softcap=draw(st.sampled_from([None, 5.0, 30.0])),
+        valid_vocab=draw(st.one_of(st.none(), st.integers(1, vocab))),
+    )
+    return strided(draw, x.to(draw(st.sampled_from(DTYPES)))), y, how
+
+
+def strided(draw: st.DrawFn, x: Tensor) -> Tensor:
+    """The same numbers behind other strides."""
+    kind = draw(st.sampled_from(["contiguous", "padded", "transposed", "offset", "every other"]))
+    if kind == "padded":
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + 7), float("nan"), dtype=x.dtype)
+        wide[..., : x.shape[-1]] = x
+        return wide[..., : x.shape[-1]]
+    if kind == "transposed":
+        return x.movedim(-1, 0).contiguous().movedim(0, -1)
+    if kind == "offset":
+        flat = torch.full((x.numel() + 3,), float("nan"), dtype=x.dtype)
+        flat[3:] = x.reshape(-1)
+        return flat[3:].view(x.shape)
+    if kind == "every other" and x.dim() > 1:
+        wide = torch.full((2 * x.shape[0], *x.shape[1:]), float("nan"), dtype=x.dtype)
+        wide[1::2] = x
+        return wide[1::2]
+    return x
