@@ -58,7 +58,7 @@ class EmaReference:
         """Move towards `model` if `step` is a multiple of `every`; True if moved.
 
         step: finished optimiser steps, from 1. Buffers are copied, not averaged; `model` is not written.
-        Raises ValueError if `model` lacks a tensor of the model copied at the start or has it in another shape.
+        Raises ValueError if `model` lacks a tensor of the model copied at the start, or its shape.
         """
         if step < 1 or step % self.every:
             return False
