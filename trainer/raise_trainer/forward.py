@@ -1,8 +1,8 @@
-"""The plain forward pass over [prompt | completion], the video encoded once per clip.
+"""The forward pass over [prompt | completion]: every video and every prompt once, then all completions.
 
-Positions come from the model's own `get_rope_index` of the whole sequence: after a video, text continues from the
-spatial extent, so neither lengths nor maxima give them.  Sequences are padded on the right; under a causal mask the
-padding is never seen, so no mask is passed.
+A prompt's keys and values serve all its completions, with gradient.  Positions come from the model's own
+`get_rope_index` of the whole sequence: after a video, text continues from the spatial extent, so neither lengths nor
+maxima give them.  Prompts are padded on the left and masked; completions on the right, where the causal mask hides it.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .prompts import Prompt
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hidden states `[B*L, D]` and, per completion, the row that predicts its first token."""
+    """Hidden states `[N, D]` and, per completion, the row that predicts its first token."""
 
     states: Tensor
     first_rows: list[int]
@@ -58,20 +58,68 @@ def positions(model: Any, prompt: Prompt, completion_length: int) -> Tensor:
     return found[:, 0]
 
 
+@dataclass(frozen=True)
+class Prefilled:
+    """P prompts after one pass: what their completions need.
+
+    last [P, D]: hidden state that predicts the first completion token.  cache: keys and values, padded on the left.
+    mask [P, L]: 1 where a prompt token is.  position_ids [3, P, L+room]: of the prompt and of what may follow it.
+    """
+
+    last: Tensor
+    cache: Any
+    mask: Tensor
+    position_ids: Tensor
+
+    def select(self, owner: Sequence[int]) -> "Prefilled":
+        """One entry per completion; the cache is taken over, so use the original no more."""
+        index = torch.tensor(owner, device=self.last.device)
+        self.cache.batch_select_indices(index)
+        return Prefilled(self.last[index], self.cache, self.mask[index], self.position_ids[:, index])
+
+    def following(self, start: int, stop: int) -> Tensor:
+        """Positions of completion tokens `start:stop`, `[3, B, n]`."""
+        width = self.mask.shape[1]
+        return self.position_ids[:, :, width + start : width + stop]
+
+
+def prefill(model: Any, prompts: Sequence[Prompt], room: int) -> Prefilled:
+    """Run P prompts once; `room` is the length of the longest completion to come."""
+    embedded = embed_prompts(model, prompts)
+    lengths = [len(e) for e in embedded]
+    width = max(lengths)
+    embeds = torch.stack([_pad_left(e.T, width).T for e in embedded])  # [P, L, D]
+    mask = torch.stack([torch.arange(width) >= width - n for n in lengths]).long().to(embeds.device)
+    found = [_pad_left(positions(model, p, room), width + room) for p in prompts]
+    position_ids = torch.stack(found, 1).to(embeds.device)  # [3, P, L + room]
+    out = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids[:, :, :width], use_cache=True
+    )
+    return Prefilled(out.last_hidden_state[:, -1], out.past_key_values, mask, position_ids)
+
+
+def _pad_left(x: Tensor, width: int) -> Tensor:
+    """`[..., n]` to `[..., width]`."""
+    return torch.nn.functional.pad(x, (width - x.shape[-1], 0))
+
+
 def forward(
     model: Any, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]], owner: Sequence[int]
 ) -> Hidden:
-    """Hidden states of every `[prompts[owner[b]] | completions[b]]`."""
-    device = model.device
-    embedded = embed_prompts(model, prompts)
-    flat = torch.tensor([t for c in completions for t in c], dtype=torch.long, device=device)
-    answers = model.get_input_embeddings()(flat).split([len(c) for c in completions])
-    sequences = [torch.cat([embedded[p], a]) for p, a in zip(owner, answers, strict=True)]
-    length = max(map(len, sequences))
-    embeds = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # [B, L, D]
-    # Text positions run on by one, so those of the longest completion serve every completion of the prompt.
-    longest = [positions(model, p, length - len(p.ids)) for p in prompts]
-    position_ids = torch.stack([longest[p] for p in owner], 1).to(device)  # [3, B, L]
-    out = model.model.language_model(inputs_embeds=embeds, position_ids=position_ids, use_cache=False)
-    first_rows = [b * length + len(prompts[p].ids) - 1 for b, p in enumerate(owner)]
-    return Hidden(out.last_hidden_state.flatten(0, 1), first_rows)
+    """Hidden states that predict every token of every completion, given its prompt `prompts[owner[b]]`."""
+    longest = max(map(len, completions))
+    start = prefill(model, prompts, longest).select(owner)
+    ids = torch.zeros(len(completions), longest, dtype=torch.long)  # what pads is never read
+    for b, completion in enumerate(completions):
+        ids[b, : len(completion)] = torch.tensor(completion)
+    embeds = model.get_input_embeddings()(ids.to(start.last.device))
+    mask = torch.cat([start.mask, start.mask.new_ones(ids.shape)], 1)
+    out = model.model.language_model(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=start.following(0, longest),
+        past_key_values=start.cache,
+        use_cache=True,
+    )
+    states = torch.cat([start.last[:, None], out.last_hidden_state], 1)  # [B, 1 + longest, D]
+    return Hidden(states.flatten(0, 1), [b * (longest + 1) for b in range(len(completions))])

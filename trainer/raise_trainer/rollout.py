@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .forward import embed_prompts, positions
+from .forward import prefill
 from .prompts import Prompt
 
 
@@ -43,30 +43,10 @@ def sample(
     suppress: token ids never sampled.  The media placeholders must be among them: one of those in a completion
     makes the next forward pass look for a video that is not there.
     """
-    device, g = model.device, group_size
-    embedded = embed_prompts(model, prompts)
-    lengths = [len(e) for e in embedded]
-    width, b = max(lengths), len(prompts) * g
-    embeds = torch.stack([torch.nn.functional.pad(e, (0, 0, width - len(e), 0)) for e in embedded])  # [P, L, D]
-    is_token = torch.stack([torch.arange(width) >= width - n for n in lengths]).to(device)  # [P, L]
-    # Positions of the prompt and of everything that may follow it; [3, P, L + new], padded on the left.
-    found = [positions(model, p, max_new_tokens) for p in prompts]
-    position_ids = torch.stack(
-        [torch.nn.functional.pad(q, (width - n, 0)) for q, n in zip(found, lengths, strict=True)], 1
-    ).to(device)
-
-    out = model.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask=is_token.long(),
-        position_ids=position_ids[:, :, :width],
-        use_cache=True,
-    )
-    cache = out.past_key_values
-    cache.batch_repeat_interleave(g)
-    hidden = out.last_hidden_state[:, -1].repeat_interleave(g, 0)  # [B, D]
-    position_ids = position_ids.repeat_interleave(g, 1)
-    mask = is_token.repeat_interleave(g, 0).long()
-
+    b = len(prompts) * group_size
+    owner = [i // group_size for i in range(b)]
+    start = prefill(model, prompts, max_new_tokens).select(owner)
+    hidden, mask, device = start.last, start.mask, start.last.device
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     ended = torch.zeros(b, dtype=torch.bool, device=device)
     tokens, logps = [], []
@@ -82,8 +62,8 @@ def sample(
         hidden = model.model.language_model(
             inputs_embeds=embed(token)[:, None],
             attention_mask=mask,
-            position_ids=position_ids[:, :, width + step : width + step + 1],
-            past_key_values=cache,
+            position_ids=start.following(step, step + 1),
+            past_key_values=start.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
 
@@ -92,13 +72,14 @@ def sample(
         n = row.index(eos) + 1 if eos in row else len(row)
         completions.append(row[:n])
         kept.append(logp[:n])
-    return Rollout(list(prompts), completions, kept, [i // g for i in range(b)])
+    return Rollout(list(prompts), completions, kept, owner)
 
 
 def _pick(
     logits: Tensor, temperature: float, suppress: Sequence[int], generator: torch.Generator | None
 ) -> Tensor:
-    allowed = logits.index_fill(1, torch.tensor(list(suppress), device=logits.device), float("-inf"))
+    never = torch.tensor(list(suppress), dtype=torch.long, device=logits.device)
+    allowed = logits.index_fill(1, never, float("-inf"))
     if temperature == 0:
         return allowed.argmax(-1)
     return torch.multinomial(torch.softmax(allowed / temperature, -1), 1, generator=generator)[:, 0]

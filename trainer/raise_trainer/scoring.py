@@ -64,7 +64,7 @@ def score(rollout: Rollout, reference: Any, tokenizer: Any, *, group_size: int, 
         "completion_tokens_mean": sum(map(len, rollout.completions)) / len(rollout.completions),
         "answer_missing_share": sum(f.reason is not None for f in found) / len(found),
         "scre_differs_share": _share((reward - plain).abs()[right] > 0.01),
-        "igsr_bonus_share": _share(got.parts["has_bonus"].cpu()[~strict]),
+        "igsr_bonus_share": _share(got.parts["is_bonus"].cpu()[~strict & (got.parts["bin"].cpu() >= 0)]),
     }
     return Scored(
         text,

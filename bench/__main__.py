@@ -1,0 +1,18 @@
+"""`python -m bench NAME [options]` runs one benchmark; without a name it lists them."""
+
+import sys
+from importlib import import_module
+
+BENCHES = {"arms": "the demo's comparison of rewards, paired over seeds"}
+
+
+def main() -> int:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in BENCHES:
+        print("python -m bench NAME, one of:", *(f"  {n}  {what}" for n, what in BENCHES.items()), sep="\n")
+        return 2
+    return int(import_module(f"bench.{name}").main(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The demo's comparison: one warm start per seed, then three ways to go on from it with equal compute.
+
+    python -m bench arms --seeds 0 1 2
+
+    warm start      where all begin
+    more sft        supervised steps, as many as cost the floating-point operations of the GRPO run
+    grpo 0/1        GRPO with the text score as reward
+    grpo scre-igsr  GRPO with confidence rewards
+
+Everything else is the default configuration of `raise-core demo`, and the arms of a seed share data, warm start,
+prompt order and sampling seed.  Records go to bench/results/arms.jsonl; the table is printed from them.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raise_trainer.config import DemoConfig
+from raise_trainer.demo import Prepared, held_out, prepare, start, warm_start
+from raise_trainer.evaluate import summary
+from raise_trainer.logbook import Logbook
+from raise_trainer.loop import run_grpo, run_sft
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.record import RESULTS, provenance
+
+SHOWN = ("accuracy", "match", "accuracy_greedy", "match_greedy", "confidence", "accuracy_strict", "accuracy_open")
+COUNTED_STEPS = 3  # steps whose operations are counted
+
+
+def operations(work: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products in `work`."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def equal_sft_steps(model: Any, data: Prepared, config: DemoConfig) -> int:
+    """Supervised steps that cost what `grpo_steps` GRPO steps cost, sampling and scoring included."""
+    with tempfile.TemporaryDirectory() as folder:
+        log, few = Logbook(Path(folder)), replace(config, grpo_steps=COUNTED_STEPS)
+        grpo = operations(
+            lambda: run_grpo(
+                copy.deepcopy(model), data.train, data.processor.tokenizer, few, log,
+                name="counted", sampling=data.sampling,
+            )
+        )  # fmt: skip
+        sft = operations(
+            lambda: run_sft(
+                copy.deepcopy(model), data.supervised, config, log, name="counted", steps=COUNTED_STEPS
+            )
+        )
+    return round(config.grpo_steps * grpo / sft)
+
+
+def run_seed(seed: int, config: DemoConfig) -> list[dict[str, Any]]:
+    """All four arms of one seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        config, log = start(replace(config, seed=seed, out=Path(folder) / "run"))
+        data = prepare(config, log)
+        model = warm_start(data, config, log)
+        records = [record(seed, "warm start", model, data, config, log)]
+        steps = equal_sft_steps(model, data, config)
+        more = copy.deepcopy(model)
+        run_sft(more, data.supervised, config, log, name="more sft", steps=steps)
+        records.append(record(seed, "more sft", more, data, config, log) | {"sft_steps": steps})
+        for reward, arm in (("accuracy", "grpo 0/1"), ("scre-igsr", "grpo scre-igsr")):
+            trained, chosen = copy.deepcopy(model), replace(config, reward=reward)
+            first = len(log.records)
+            run_grpo(
+                trained, data.train, data.processor.tokenizer, chosen, log, name=arm, sampling=data.sampling
+            )
+            steps_log = log.records[first:]
+            means = {
+                key: sum(r[key] for r in steps_log) / len(steps_log)
+                for key in ("scre_differs_share", "igsr_bonus_share", "equal_groups_share")
+            }
+            records.append(record(seed, arm, trained, data, chosen, log) | means)
+        return records
+
+
+def record(
+    seed: int, arm: str, model: Any, data: Prepared, config: DemoConfig, log: Logbook
+) -> dict[str, Any]:
+    """Held-out figures of one arm, with what they depend on."""
+    figures = summary(held_out(model, data, config, log, arm))
+    written = log.records[-1]
+    greedy = {key: written[key] for key in ("accuracy_greedy", "match_greedy")}
+    return {"seed": seed, "arm": arm, **figures, **greedy, "questions": len(data.test)} | provenance()
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Means over seeds, and the change against the warm start, paired by seed: mean (smallest to largest)."""
+    arms = list(dict.fromkeys(r["arm"] for r in records))
+    by = {(r["arm"], r["seed"]): r for r in records}
+    seeds = sorted({r["seed"] for r in records})
+    lines = [f"| {len(seeds)} seeds | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
+    for key in SHOWN:
+        cells = []
+        for arm in arms:
+            values = [by[arm, s][key] for s in seeds]
+            change = [by[arm, s][key] - by[arms[0], s][key] for s in seeds]
+            cell = f"{sum(values) / len(values):.3f}"
+            if arm != arms[0]:
+                mean = sum(change) / len(change)
+                cell += f" ({mean:+.3f}; {min(change):+.3f} to {max(change):+.3f})"
+            cells.append(cell)
+        lines.append(f"| {key.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    for key in ("scre_differs_share", "igsr_bonus_share", "equal_groups_share"):
+        cells = []
+        for arm in arms:
+            values = [by[arm, s][key] for s in seeds if key in by[arm, s]]
+            cells.append(f"{sum(values) / len(values):.3f}" if values else "")
+        lines.append(f"| {key.replace('_', ' ')} (training) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the seeds asked for, add them to the results, print the table of those seeds."""
+    parser = argparse.ArgumentParser(prog="python -m bench arms", description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=DemoConfig.threads)
+    parser.add_argument("--smoke", action="store_true", help="sizes of seconds; nothing is written")
+    chosen = parser.parse_args(arguments)
+    records: list[dict[str, Any]] = []
+    for seed in chosen.seeds:
+        some = run_seed(seed, DemoConfig(threads=chosen.threads, smoke=chosen.smoke))
+        records += some
+        if not chosen.smoke:
+            with (RESULTS / "arms.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(r) + "\n" for r in some)
+    print(table(records))
+    return 0
+
+
