@@ -2,4 +2,6 @@
 
 # Custom ops must not be registered twice under two names.
 if __name__ != "raise_kernels":
-    raise ImportError(f"imported as {__name__!r}; the package is called 'raise_kernels' (kernels/ is only its folder)")
+    raise ImportError(
+        f"imported as {__name__!r}; the package is called 'raise_kernels' (kernels/ is only its folder)"
+    )

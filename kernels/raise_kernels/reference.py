@@ -285,3 +285,49 @@ def _bonus(e: Tensor, m: Tensor, below: Tensor, above: Tensor | None, how: Igsr)
     t = c - 1 if above is None else 2 * c - 1
     h = room if above is None else torch.minimum(room, above - m)
     return t * h, torch.ones_like(e, dtype=torch.bool)
+
+
+class SpanRewards(NamedTuple):
+    """Confidence rewards of packed spans with their working, [S] each."""
+
+    reward: Tensor
+    confidence: Tensor  # SCRE value of a strict row, exp(-e) of an open one; 0 for an empty span
+    variance: Tensor  # of the token probabilities
+    nll: Tensor  # e, nats
+    bin: Tensor  # int64, -1 for rows in no bin
+    bonus: Tensor
+    applied: Tensor  # bool
+
+
+def span_rewards(
+    logp: Tensor,
+    offsets: Tensor,
+    score: Tensor,
+    strict: Tensor,
+    group: Tensor,
+    scre_how: Scre = SCRE,
+    igsr_how: Igsr = IGSR,
+) -> SpanRewards:
+    """Reward of every span: strict rows score * SCRE, the others IGSR among the open rows of their group.
+
+    logp [T], offsets [S+1], score [S] in [0, 1], strict [S] bool, group [S]. A score outside [0, 1] gives
+    NaN.
+    """
+    check_per_span("strict", strict, offsets)
+    if strict.dtype != torch.bool:
+        raise TypeError(f"strict is {strict.dtype}; give bool: True for SCRE, False for IGSR")
+    open_rows = igsr_parts(logp, offsets, score, group, igsr_how, among=~strict)
+    r = scre(logp, offsets, scre_how)
+    spans = spans_of(offsets.long())
+    score = score.to(r.dtype)
+    valid = (score >= 0) & (score <= 1)
+    sure = torch.where(spans.lengths > 0, torch.exp(-open_rows.nll), 0.0)
+    return SpanRewards(
+        reward=torch.where(strict, torch.where(valid, score * r, math.nan), open_rows.reward),
+        confidence=torch.where(strict, r, sure),
+        variance=probability_variance(wide(logp), spans),
+        nll=open_rows.nll,
+        bin=open_rows.bin,
+        bonus=open_rows.bonus,
+        applied=open_rows.applied,
+    )
