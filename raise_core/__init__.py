@@ -2,6 +2,7 @@
 
 from .advantages import group_advantages
 from .ema import EmaReference
+from .ops import Rewards, TokenStats, chosen_impl, confidence_rewards, igsr, scre, token_stats
 from .policy_loss import PolicyLoss, pack, policy_loss
 from .spans import Found, Spans, build_spans, find_answer_spans, find_step_spans
 from .verify import Verdict, verify, verify_details
@@ -10,14 +11,21 @@ __all__ = [
     "EmaReference",
     "Found",
     "PolicyLoss",
+    "Rewards",
     "Spans",
+    "TokenStats",
     "Verdict",
     "build_spans",
+    "chosen_impl",
+    "confidence_rewards",
     "find_answer_spans",
     "find_step_spans",
     "group_advantages",
+    "igsr",
     "pack",
     "policy_loss",
+    "scre",
+    "token_stats",
     "verify",
     "verify_details",
 ]

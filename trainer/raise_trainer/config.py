@@ -31,8 +31,8 @@ class DemoConfig:
     """frames sampled per video"""
     warm_steps: int = 300
     """supervised steps before GRPO"""
-    warm_videos: int = 16
-    """videos per supervised step, all their questions"""
+    warm_batch: int = 32
+    """examples per supervised step"""
     warm_lr: float = 3e-3
     grpo_steps: int = 100
     prompts: int = 16

@@ -21,7 +21,7 @@ from .prompts import Prompt, PromptBuilder, target_ids
 from .report import write_report
 
 SMOKE = {
-    "train_videos": 24, "test_videos": 10, "warm_steps": 4, "warm_videos": 4,
+    "train_videos": 24, "test_videos": 10, "warm_steps": 4, "warm_batch": 4,
     "grpo_steps": 3, "prompts": 3, "group_size": 4, "eval_samples": 2,
 }  # fmt: skip
 

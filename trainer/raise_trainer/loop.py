@@ -65,17 +65,14 @@ def _adamw(model: Any, lr: float) -> torch.optim.Optimizer:
 def run_sft(
     model: Any, examples: Sequence[Supervised], config: DemoConfig, log: Logbook, *, name: str, steps: int
 ) -> None:
-    """`steps` supervised steps; a batch is all the examples of `warm_videos` videos, each encoded once."""
+    """`steps` supervised steps on `warm_batch` examples each."""
     model.train()
-    by_clip: dict[int, list[Supervised]] = {}
-    for example in examples:
-        by_clip.setdefault(id(example.prompt.clip), []).append(example)
-    batches = _batches(list(by_clip.values()), config.warm_videos, random.Random(f"{config.seed} {name}"))
+    batches = _batches(examples, config.warm_batch, random.Random(f"{config.seed} {name}"))
     optimizer = _adamw(model, config.warm_lr)
     with log.stage(name, steps) as stage:
         for step in range(steps):
             _set_lr(optimizer, config.warm_lr, step, steps)
-            batch = [example for clip in next(batches) for example in clip]
+            batch = next(batches)
             figures = sft_step(model, optimizer, [e.prompt for e in batch], [e.target for e in batch])
             log.write(name, step, **figures)
             stage.advance(loss=figures["loss"])
