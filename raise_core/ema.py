@@ -46,7 +46,6 @@ class EmaReference:
         self.decay = decay
         self.every = every
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.model.zero_grad(set_to_none=True)
         self._masters = {
             name: weight.detach().to(torch.promote_types(weight.dtype, master_dtype))
             for name, weight in self.model.named_parameters()

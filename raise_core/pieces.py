@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
-from raise_core.token_bytes import Piece, byte_level, fallback_byte, piece_reader
+from raise_core.token_bytes import Piece, byte_level, piece_reader
 
 
 class TokenizerLike(Protocol):
@@ -115,9 +115,10 @@ def decoded_layout(
 ) -> Layout:
     """`lay_out` for a tokenizer known only by `decode`, from what each further token adds to a short window.
 
-    A block of tokens ends where the text no longer ends in a broken character. Inside a block of several
-    tokens the bytes are read off the token strings if these give the same text; if not, every token gets the
-    whole block, so that a span never misses a token but may begin or end with the rest of a block. Linear.
+    A block of tokens ends where the text no longer ends in a broken character: mostly one token, or the
+    tokens of one character. Tokens that each end inside a character make longer blocks; these are told apart
+    by byte-level token strings if they give the same text, and otherwise each gets the whole block, so that a
+    span never misses a token. Linear.
     """
     decoded: dict[tuple[int, ...], str] = {}
 
@@ -161,26 +162,11 @@ def _shared(head: str, text: str) -> int:
 def _sizes_in_block(block: Sequence[int], tokenizer: TokenizerLike, added: bytes) -> list[tuple[int, int]]:
     convert = getattr(tokenizer, "convert_ids_to_tokens", None)
     if len(block) > 1 and convert is not None:
-        tokens = [str(token) for token in convert(list(block))]
-        for read in (_as_byte_level, _as_sentencepiece, _as_latin_1):
-            pieces = [read(token) for token in tokens]
-            if b"".join(pieces) == added:
-                ends = list(accumulate(len(piece) for piece in pieces))
-                return [(end - len(piece), end) for end, piece in zip(ends, pieces, strict=True)]
+        pieces = [byte_level(str(token)).data for token in convert(list(block))]
+        if b"".join(pieces) == added:
+            ends = list(accumulate(len(piece) for piece in pieces))
+            return [(end - len(piece), end) for end, piece in zip(ends, pieces, strict=True)]
     return [(0, len(added))] * len(block)
-
-
-def _as_byte_level(token: str) -> bytes:
-    return byte_level(token).data
-
-
-def _as_sentencepiece(token: str) -> bytes:
-    return fallback_byte(token) or token.replace("\u2581", " ").encode("utf-8", "replace")
-
-
-def _as_latin_1(token: str) -> bytes:
-    """ByT5: the token of a byte is the character of that number."""
-    return token.encode("latin-1", "replace")
 
 
 def _fill_silent(starts: list[int], ends: list[int], spoken: Collection[int]) -> None:

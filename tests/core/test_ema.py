@@ -201,6 +201,13 @@ def test_a_policy_that_unties_or_lives_in_another_dtype() -> None:
     )
 
 
+def test_a_policy_that_ties_what_the_reference_does_not() -> None:
+    reference = EmaReference(Tied(tie=False), decay=0.0, every=1)
+    policy = Tied()
+    assert reference.update(policy, 1)
+    assert_exact(reference.model.head.weight.detach(), policy.embed.weight.detach(), name="head")
+
+
 def test_frozen_integer_parameters_are_copied() -> None:
     policy = nn.Module()
     policy.codes = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)

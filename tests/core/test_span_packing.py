@@ -31,7 +31,7 @@ def test_build_spans_packs_rows_targets_and_owners() -> None:
 
 def test_build_spans_of_steps_keeps_their_owner() -> None:
     found = [[Found(0, 1, "a"), Found(2, 3, "b")], [], [Found(1, 2, "c")]]
-    spans = build_spans(found, [[5, 6, 7], [], [8, 9]], torch.tensor([0, 3, 3]), torch.tensor([7, 7, 8]))
+    spans = build_spans(found, [[5, 6, 7], [], [8, 9]], torch.tensor([0, 3, 3]), torch.tensor([7, 9, 8]))
     assert spans.owner.tolist() == [0, 0, 2]
     assert spans.group.tolist() == [7, 7, 8]
     assert spans.rows.tolist() == [0, 2, 4]

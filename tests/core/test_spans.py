@@ -190,6 +190,14 @@ def test_tags_that_are_special_tokens() -> None:
     assert found == Found(1, len(ids) - 2, "blue ball", None)
 
 
+def test_added_tokens_that_are_not_special_are_text() -> None:
+    tokenizer = vocabulary("<answer>", "B", "</answer>")
+    tokenizer.add_tokens(["blue ball 你"])  # characters outside the byte alphabet
+    added = tokenizer.token_to_id("blue ball 你")
+    (found,) = find_answer_spans([[0, added, 1, 2]], tokenizer)
+    assert found == Found(1, 3, "blue ball 你B", None)
+
+
 def test_other_tags() -> None:
     tokenizer = byte_level()
     ids = tokenizer.encode("[[B]] <answer>A</answer>").ids

@@ -312,7 +312,7 @@ def test_cut_is_said() -> None:
     assert not verify_details("ocr", tagged(edge), edge).cut
     assert verify_details("ocr", tagged(edge + "a"), "a") == Verdict(0.0, edge, None, True)
     assert verify_details("ocr", tagged("a"), edge + "a").cut
-    assert verify("ocr", tagged(edge + " b"), edge) == 1.0
+    assert verify("ocr", tagged(edge + " b"), edge) == verify("ocr", tagged(edge), edge + " b") == 1.0
 
 
 def test_importing_loads_neither_rouge_nor_jiwer() -> None:
