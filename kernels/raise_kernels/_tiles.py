@@ -143,3 +143,59 @@ def merge_partials(p_part, o_t, m_t, T, splits, LEVEL: tl.constexpr):
         m = m_new
         p += T
     return m, s0, s1, sd, n, m2, rank
+
+
+@triton.jit
+def settle(value, good, scored):
+    """The documented result of rows without one: 0 where unscored, NaN where there is nothing to score."""
+    return tl.where(scored, tl.where(good, value, float("nan")), 0.0)
+
+
+@triton.jit
+def finish(m, s0, z_y):
+    """(logp, log s0) of merged rows; logp never exceeds 0."""
+    log_s = log_from_one(s0)
+    return tl.minimum(z_y - m, 0.0) - log_s, log_s
+
+
+@triton.jit
+def add_token(sums, logp, j, live, eta, first, log_delta):
+    """Add each span's j-th token to (sum w, sum w*logp, sum -log(p + delta), mean q, m2 of q), q = 1 - p.
+
+    Spans without a j-th token (not live) are left as they are.
+    """
+    w, wl, nll, mean, m2 = sums
+    weight = exp(-eta * (j + first))
+    # A weight that underflows to 0 must not turn log 0 into NaN.
+    term = tl.where(logp == -float("inf"), logp, weight * logp)
+    high = tl.maximum(logp, log_delta)
+    low = tl.minimum(logp, log_delta)
+    surprise = tl.where(logp == logp, -(high + log1p_unit(exp(low - high))), logp)  # max drops a NaN
+    q = one_minus_exp(logp)
+    gap = q - mean
+    mean_new = mean + gap / (j + 1.0)
+    return (
+        tl.where(live, w + weight, w),
+        tl.where(live, wl + term, wl),
+        tl.where(live, nll + surprise, nll),
+        tl.where(live, mean_new, mean),
+        tl.where(live, m2 + gap * (q - mean_new), m2),
+    )
+
+
+@triton.jit
+def no_tokens(o_s):
+    """The sums of empty spans."""
+    zero = tl.zeros(o_s.shape, tl.float32)
+    return (zero, zero, zero, zero, zero)
+
+
+@triton.jit
+def scre_of(sums, n, lam, NORMALIZE: tl.constexpr):
+    """(SCRE, mean -log(p + delta), variance of p) of spans of n tokens (fp32); 0 for empty ones."""
+    w, wl, nll, _, m2 = sums
+    count = tl.maximum(n, 1.0)
+    if NORMALIZE:
+        wl = wl / tl.where(n > 0.0, w, 1.0)
+    var = m2 / count
+    return tl.where(n > 0.0, exp(wl - lam * var), 0.0), nll / count, var

@@ -23,12 +23,14 @@ from torch import Tensor
 from raise_kernels._checks import PLAIN, LogitMap, check_stats, check_want
 from raise_kernels._tiles import (
     exp,
+    finish,
     join_m2,
     log_from_one,
     mean_of,
     merge_partials,
     rebase,
     row_start,
+    settle,
     shift_to,
     to_z,
 )
@@ -161,13 +163,6 @@ def _column(o_v, stride_v, UNIT: tl.constexpr):
     return o_v.to(tl.int64) * stride_v
 
 
-@triton.jit
-def finish(m, s0, z_y):
-    """(logp, log s0) of merged rows; logp never exceeds 0."""
-    log_s = log_from_one(s0)
-    return tl.minimum(z_y - m, 0.0) - log_s, log_s
-
-
 @triton.jit(do_not_specialize=["T", "N", "splits", "ignore"])
 def _merge_kernel(
     p_y,  # [T]
@@ -208,12 +203,6 @@ def _merge_kernel(
     if LEVEL >= 2:
         tl.store(p + 5 * plane, settle(mean_of(m2, s0), good, scored), mask=m_t)
         tl.store(p + 6 * plane, settle(rank, good, scored), mask=m_t)
-
-
-@triton.jit
-def settle(value, good, scored):
-    """The documented result of rows without one: 0 where unscored, NaN where there is nothing to score."""
-    return tl.where(scored, tl.where(good, value, float("nan")), 0.0)
 
 
 class Layout(NamedTuple):
