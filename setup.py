@@ -23,6 +23,7 @@ TRAIN = [
     "jinja2>=3.1",
     "matplotlib>=3.10",
     "numpy>=2.0",
+    "tyro>=1.0",
 ]
 
 setup(
