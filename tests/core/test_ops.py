@@ -1,0 +1,184 @@
+"""The public reward operations: arguments arrive, implementations agree, no gradient is dropped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+
+from raise_core import ops
+from raise_core.spans import Spans
+from raise_kernels import reference
+from raise_kernels._checks import STATS, LogitMap
+from tests.budget import assert_exact, assert_within_error_budget
+
+IMPLS = ["reference", "native", "triton"]
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+HALF_ULP = torch.finfo(torch.float32).eps / 2
+
+
+def some_spans() -> tuple[Spans, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two groups of four: spans, logits of the rows, scores, strictness."""
+    offsets = torch.tensor([0, 2, 2, 5, 6, 8, 10, 14, 16])
+    spans = Spans(
+        rows=torch.arange(16) + 2,
+        targets=torch.randint(0, 90, (16,)),
+        offsets=offsets,
+        group=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]),
+        owner=torch.arange(8),
+    )
+    logits = torch.randn(20, 90) * 2
+    logits[spans.rows, spans.targets] += 5
+    score = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.71, 0.75, 0.52, 0.55])
+    return spans, logits, score, torch.tensor([True] * 4 + [False] * 4)
+
+
+@every_impl
+def test_token_stats_has_every_field_and_only_what_is_wanted(impl: str) -> None:
+    assert tuple(sorted(f.name for f in fields(ops.TokenStats))) == tuple(sorted(STATS))
+    x, y = torch.randn(2, 3, 40), torch.randint(0, 30, (2, 3))
+    got = ops.token_stats(
+        x, y, temperature=0.5, softcap=9.0, valid_vocab=32, want=("entropy", "logp"), impl=impl
+    )
+    assert got.lse is None and got.rank is None
+    how = LogitMap(temperature=0.5, softcap=9.0, valid_vocab=32)
+    for name in ("entropy", "logp"):
+        value = getattr(got, name)
+        oracle = reference.token_stats(x.double(), y, how=how, want=(name,))[name]
+        peer = reference.token_stats(x, y, how=how, want=(name,))[name]
+        assert_within_error_budget(value, oracle, peer + HALF_ULP, name=name)
+
+
+@every_impl
+@pytest.mark.parametrize("variant", ["paper", "balanced"])
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_confidence_rewards(impl: str, variant: str, group_size: int | None) -> None:
+    spans, logits, score, strict = some_spans()
+    got = ops.confidence_rewards(
+        spans, score, strict, logits=logits, group_size=group_size, variant=variant, penalty=0.01, impl=impl
+    )
+    logp = ops.token_stats(logits, spans.targets, rows=spans.rows, impl=impl).logp
+    assert logp is not None
+    assert_exact(got.parts["logp"], logp, name="logp")
+    scre = ops.scre(logp, spans.offsets, impl=impl)
+    assert_exact(got.confidence[:4], scre[:4], name="confidence of strict rows")
+    assert_exact(got.reward[:4], score[:4] * scre[:4], name="reward of strict rows")
+    assert got.confidence[2] > 0 and got.reward[2] == 0
+    assert got.reward[1] == 0 and got.confidence[1] == 0
+    tail = ops.igsr(
+        logp[6:].contiguous(), spans.offsets[4:] - 6, score[4:], spans.group[4:],
+        variant=variant, penalty=0.01, impl=impl,
+    )  # fmt: skip
+    assert_exact(got.reward[4:], tail, name="reward of open rows")
+    assert got.parts["length"].tolist() == [2, 0, 3, 1, 2, 2, 4, 2]
+
+
+@every_impl
+def test_three_sources_agree(impl: str) -> None:
+    spans, _, score, strict = some_spans()
+    hidden, weight = torch.randn(4, 5, 16), torch.randn(90, 16)
+    from_logits = ops.confidence_rewards(spans, score, strict, logits=hidden @ weight.T, impl=impl)
+    from_hidden = ops.confidence_rewards(spans, score, strict, hidden=hidden, weight=weight, impl=impl)
+    from_logp = ops.confidence_rewards(spans, score, strict, logp=from_logits.parts["logp"], impl=impl)
+    assert_exact(from_logp.reward, from_logits.reward, name="from logp")
+    logits = (hidden.double() @ weight.double().T).view(20, 90)
+    oracle = reference.token_stats(logits, spans.targets, rows=spans.rows)["logp"]
+    peer = reference.linear_token_stats(hidden, weight, spans.targets, rows=spans.rows)["logp"]
+    assert_within_error_budget(from_hidden.parts["logp"], oracle, peer, name="from hidden")
+
+
+def test_metrics_by_hand() -> None:
+    spans, _, _, _ = some_spans()
+    logp = torch.full((16,), -0.1)
+    logp[6:8] = -3.0
+    # Group 0: a bin of one at score 1 has no headroom. Group 1: of two in a bin the surer one is lifted.
+    score = torch.tensor([1.0, 0.5, 0.0, 0.0, 0.55, 0.55, 0.0, 0.0])
+    got = ops.confidence_rewards(spans, score, torch.zeros(8, dtype=torch.bool), logp=logp)
+    metrics = got.metrics()
+    assert got.parts["bin"].tolist() == [10, -1, -1, -1, 5, 5, -1, -1]
+    assert metrics["bonus_share"] == torch.tensor(1 / 3)
+    assert metrics["no_effect_share"] == 0.5
+
+
+def test_metrics_without_open_rows_are_nan() -> None:
+    spans, logits, score, _ = some_spans()
+    got = ops.confidence_rewards(spans, score, torch.ones(8, dtype=torch.bool), logits=logits)
+    assert all(v.isnan() for v in got.metrics().values())
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_gradient_reaches_the_logits(impl: str) -> None:
+    x = torch.randn(3, 20, requires_grad=True)
+    y = torch.tensor([1, 2, -100])
+    logp = ops.token_stats(x, y, impl=impl).logp
+    assert logp is not None
+    logp.sum().backward()
+    expected = torch.nn.functional.one_hot(y[:2], 20) - torch.softmax(x[:2].detach().double(), -1)
+    assert x.grad is not None
+    peer = torch.nn.functional.one_hot(y[:2], 20) - torch.softmax(x[:2].detach(), -1)
+    assert_within_error_budget(x.grad[:2], expected, peer, name="gradient")
+    assert (x.grad[2] == 0).all()
+
+
+def test_chosen_impl() -> None:
+    x = torch.zeros(1)
+    assert ops.chosen_impl(x) == "native"
+    assert [ops.chosen_impl(x, impl) for impl in IMPLS] == IMPLS
+    with pytest.raises(ValueError, match="impl is 'cuda'"):
+        ops.chosen_impl(x, "cuda")
+    with pytest.raises(ValueError, match="runs on the CPU"):
+        ops.chosen_impl(torch.zeros(1, device="meta"), "native")
+
+
+def test_a_fallback_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_announced", set())
+    elsewhere = torch.zeros(1, device="meta")
+    with pytest.warns(UserWarning, match="reference implementation on meta"):
+        assert ops.chosen_impl(elsewhere) == "reference"
+    assert ops.chosen_impl(elsewhere) == "reference"
+
+
+def test_triton_on_the_cpu_needs_the_interpreter() -> None:
+    code = (
+        "import torch; from raise_core import ops\n"
+        "try: ops.token_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), impl='triton')\n"
+        "except ValueError as e: print(e)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"TRITON_INTERPRET": "0"},
+    )
+    assert "set TRITON_INTERPRET=1" in out.stdout
+
+
+def test_importing_the_operations_imports_neither_triton_nor_transformers() -> None:
+    code = "import sys, raise_core.ops; print([m for m in ('triton', 'transformers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"logp": torch.zeros(16)}, "exactly one of"),
+        ({"logits": None}, "exactly one of"),
+        ({"weight": torch.zeros(9, 4)}, "go together"),
+        ({"logits": None, "hidden": torch.zeros(20, 4)}, "go together"),
+        ({"logits": None, "hidden": torch.zeros(20, 4), "weight": torch.zeros(9, 5)}, "hidden has shape"),
+        ({"group_size": 3}, "does not divide"),
+        ({"group_size": 2}, "split or incomplete"),
+        ({"group_size": 8}, "split or incomplete"),
+        ({"tau": 0.6}, "tau is 0.6"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, object], match: str) -> None:
+    spans, logits, score, strict = some_spans()
+    arguments: dict[str, object] = {"logits": logits} | change
+    with pytest.raises(ValueError, match=match):
+        ops.confidence_rewards(spans, score, strict, **arguments)
