@@ -173,8 +173,6 @@ def _stats(
         return reference.token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
     if impl == "native":
         return native.token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
-    if logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError('impl="triton" has no gradient yet: use impl="native" (CPU) or impl="reference"')
     out: dict[str, Tensor] = _kernels("token_stats").token_stats(
         logits, targets, rows=rows, how=how, want=want
     )

@@ -10,13 +10,14 @@ dz_i = p_i * (A + B * (z_i - lse)) + C + [i = y] * H,    then dx_i = dz_i * dz/d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from raise_kernels._checks import DIFFERENTIABLE
+from raise_kernels._checks import DIFFERENTIABLE, LogitMap
 
 
 class Coefficients(NamedTuple):
@@ -28,9 +29,19 @@ class Coefficients(NamedTuple):
     on_target: Tensor
 
 
+class Normaliser(NamedTuple):
+    """The log-normaliser of each scored row in two parts, lse = top - max_logp, [T] each.
+
+    Rounded to one number it would cost p = exp(z - lse) its precision wherever |lse| is large.
+    """
+
+    top: Tensor  # largest z
+    max_logp: Tensor
+
+
 def coefficients(
     grads: Mapping[str, Tensor | None],
-    lse: Tensor,
+    norm: Normaliser,
     entropy: Tensor | None,
     count: Tensor | None,
     scored: Tensor,
@@ -39,10 +50,10 @@ def coefficients(
 
     entropy and count (V') [T] may be None where no gradient arrives through entropy and self_certainty.
     """
-    live = scored & lse.isfinite()
-    zero = torch.zeros_like(lse)
+    live = scored & norm.max_logp.isfinite()
+    zero = torch.zeros_like(norm.top)
     given = {name: grads.get(name) for name in DIFFERENTIABLE}
-    g = {name: zero if v is None else torch.where(live, v.to(lse.dtype), 0.0) for name, v in given.items()}
+    g = {name: zero if v is None else torch.where(live, v.to(zero.dtype), 0.0) for name, v in given.items()}
     on_p = g["lse"] - g["logp"] + g["self_certainty"]
     on_p_logp = everywhere = zero
     if given["entropy"] is not None and entropy is not None:
@@ -51,3 +62,72 @@ def coefficients(
     if given["self_certainty"] is not None and count is not None:
         everywhere = torch.where(live, -g["self_certainty"] / count, 0.0)
     return Coefficients(on_p, on_p_logp, everywhere, g["logp"])
+
+
+class Engine(NamedTuple):
+    """One implementation of token statistics over flat targets y [T] and rows [T].
+
+    forward(logits, y, rows, how, names, topk) -> {name: [T]}; knows "top" (largest z) and "count" (V') too.
+    backward(logits, y, rows, normaliser, weights, how) -> gradient of logits.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor | None, LogitMap, tuple[str, ...], int], dict[str, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor | None, Normaliser, Coefficients, LogitMap], Tensor]
+
+
+class _TokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        y: Tensor,
+        rows: Tensor | None,
+        how: LogitMap,
+        names: tuple[str, ...],
+        topk: int,
+        engine: Engine,
+    ) -> tuple[Tensor, ...]:
+        extra = (
+            "top",
+            "max_logp",
+            *(("entropy", "count") if {"entropy", "self_certainty"} & set(names) else ()),
+        )
+        stats = engine.forward(logits, y, rows, how, tuple(dict.fromkeys((*names, *extra))), topk)
+        ctx.save_for_backward(logits, y, rows, *(stats[name].clone() for name in extra))
+        ctx.how, ctx.names, ctx.engine = how, names, engine
+        ctx.set_materialize_grads(False)
+        out = tuple(stats[name].clone() for name in names)
+        frozen = (v for name, v in zip(names, out, strict=True) if name not in DIFFERENTIABLE)
+        ctx.mark_non_differentiable(*frozen)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, y, rows, top, max_logp, *moments = ctx.saved_tensors
+        norm = Normaliser(top, max_logp)
+        entropy, count = moments or (None, None)
+        given = dict(zip(ctx.names, grads, strict=True))
+        weights = coefficients(given, norm, entropy, count, y != ctx.how.ignore_index)
+        grad = ctx.engine.backward(logits, y, rows, norm, weights, ctx.how)
+        return grad, None, None, None, None, None, None
+
+
+def run(
+    engine: Engine,
+    logits: Tensor,
+    targets: Tensor,
+    rows: Tensor | None,
+    how: LogitMap,
+    names: tuple[str, ...],
+    topk: int = 0,
+) -> dict[str, Tensor]:
+    """Each name with the shape of targets; with a gradient when logits wants one."""
+    y = targets.reshape(-1).long()
+    n = None if rows is None else rows.long()
+    if torch.is_grad_enabled() and logits.requires_grad:
+        values = _TokenStats.apply(logits, y, n, how, names, topk, engine)
+    else:
+        stats = engine.forward(logits.detach(), y, n, how, names, topk)
+        values = tuple(stats[name] for name in names)
+    return {name: value.view(targets.shape) for name, value in zip(names, values, strict=True)}

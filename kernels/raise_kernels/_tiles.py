@@ -199,3 +199,11 @@ def scre_of(sums, n, lam, NORMALIZE: tl.constexpr):
         wl = wl / tl.where(n > 0.0, w, 1.0)
     var = m2 / count
     return tl.where(n > 0.0, exp(wl - lam * var), 0.0), nll / count, var
+
+
+@triton.jit
+def column(o_v, stride_v, UNIT: tl.constexpr):
+    """Offset of columns o_v: 32 bits suffice when columns are adjacent."""
+    if UNIT:
+        return o_v
+    return o_v.to(tl.int64) * stride_v

@@ -3,22 +3,21 @@
     log p = log_softmax(z)    entropy = -sum p * log p    self_certainty = -mean log p - log V'
 
 Rows pass in blocks through scratch that is allocated once per call. A row gives the same bits alone and in
-any batch: elementwise operations and PyTorch's row-wise log_softmax do not look at neighbours, and sums run
-over at least two rows, because a single row would be cut up among threads.
+any batch, because PyTorch's log_softmax takes whole rows; its transcendental functions are called row by row,
+since they round differently at the end of what one call covers; and its sums run over at least two rows,
+since it would cut up a single one among threads.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from raise_kernels._backward import Coefficients, coefficients
-from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap, check_stats, check_want
+from raise_kernels._backward import Coefficients, Engine, Normaliser, run
+from raise_kernels._checks import PLAIN, LogitMap, check_stats, check_want
 
 BLOCK = 4  # rows in flight; docs/kernels.md has the measurement
 LOG2_E = math.log2(math.e)  # exp(x) is computed as 2^(x log2 e): PyTorch's exp2 costs a third of its exp
@@ -53,7 +52,9 @@ class Block:
                 z.mul_(a)
         if self.how.softcap is not None:
             masked = z == -INF
-            z.tanh_().mul_(b).masked_fill_(masked, -INF)
+            for row in z:
+                row.tanh_()
+            z.mul_(b).masked_fill_(masked, -INF)
         return z
 
 
@@ -78,10 +79,18 @@ def _total(buffer: Tensor, r: int) -> Tensor:
     return buffer[: r + 1].sum(-1)[:r]
 
 
+def _exp(x: Tensor, out: Tensor) -> Tensor:
+    """e^x for rows x [r, columns] into out, which may be x."""
+    torch.mul(x, LOG2_E, out=out)
+    for row in out:
+        row.exp2_()
+    return out
+
+
 def stats_forward(
     logits: Tensor, y: Tensor, rows: Tensor | None, how: LogitMap, names: Sequence[str], topk: int
 ) -> dict[str, Tensor]:
-    """Every name in `names`, "count" (V', the unmasked columns) too. y and rows [T] int64 -> [T] each."""
+    """Every name in `names`, "top" (largest z) and "count" (V') too. y and rows [T] int64 -> [T] each."""
     second = "varentropy" in names
     moments = second or bool({"entropy", "self_certainty", "count"} & set(names))
     block = Block(logits, how, 2 + moments + second)
@@ -104,10 +113,11 @@ def _block_stats(z: Tensor, y: Tensor, scratch: Tensor, names: Sequence[str], to
     part = {"logp": chosen}
     # NaN, +inf, or no unmasked column makes all of a row's log p NaN.
     bad = chosen.isnan()
-    if "max_logp" in names or "lse" in names:
+    if {"max_logp", "lse", "top"} & set(names):
         part["max_logp"] = log_p.amax(-1)
-    if "lse" in names:
-        part["lse"] = z.amax(-1) - part["max_logp"]
+    if {"lse", "top"} & set(names):
+        part["top"] = z.amax(-1)
+        part["lse"] = part["top"] - part["max_logp"]
     if "rank" in names:
         part["rank"] = (z > z.gather(1, y[:, None])).sum(-1).to(z.dtype)
     if "topk_logp_mean" in names:
@@ -122,7 +132,7 @@ def _block_stats(z: Tensor, y: Tensor, scratch: Tensor, names: Sequence[str], to
 def _moments(scratch: Tensor, r: int) -> dict[str, Tensor]:
     """Sums over the vocabulary. scratch[0] holds log p; a third buffer asks for varentropy too."""
     log_p, p = scratch[0], scratch[1]
-    torch.mul(log_p[:r], LOG2_E, out=p[:r]).exp2_()
+    _exp(log_p[:r], p[:r])
     total = _total(log_p, r)
     count = torch.full_like(total, log_p.shape[-1])
     masked_rows = (total == -INF).nonzero()[:, 0].tolist()
@@ -143,7 +153,7 @@ def _moments(scratch: Tensor, r: int) -> dict[str, Tensor]:
 
 
 def stats_backward(
-    logits: Tensor, y: Tensor, rows: Tensor | None, lse: Tensor, weights: Coefficients, how: LogitMap
+    logits: Tensor, y: Tensor, rows: Tensor | None, norm: Normaliser, weights: Coefficients, how: LogitMap
 ) -> Tensor:
     """Gradient of logits, in their dtype, for the `weights` of `_backward`; a repeated row adds up."""
     grad = torch.zeros(logits.shape, dtype=logits.dtype)
@@ -156,15 +166,17 @@ def stats_backward(
         on_p, on_p_logp, everywhere, on_target = (w[tokens, None] for w in weights)
         r = len(tokens)
         z = block.load(numbers)
-        log_p = torch.sub(z, lse[tokens, None], out=block.scratch[1, :r])
-        dz = torch.mul(log_p, LOG2_E, out=block.scratch[-1, :r]).exp2_()
+        log_p = torch.sub(z, norm.top[tokens, None], out=block.scratch[1, :r])
+        log_p.add_(norm.max_logp[tokens, None])
+        dz = _exp(log_p, block.scratch[-1, :r])
         if curved:
             dz.mul_(log_p.masked_fill_(log_p == -INF, 0.0).mul_(on_p_logp).add_(on_p))
         else:
             dz.mul_(on_p)
         if level:
             dz.add_(everywhere)
-        dz.scatter_add_(1, y[tokens, None], on_target)
+        chosen = y[tokens, None]
+        dz.scatter_add_(1, chosen, on_target.masked_fill(z.gather(1, chosen) == -INF, 0.0))
         if how.softcap is not None:
             dz.mul_((1 - (z / b) ** 2).mul_(a * b))
         elif a != 1.0:
@@ -177,34 +189,7 @@ def stats_backward(
     return grad
 
 
-class _TokenStats(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        y: Tensor,
-        rows: Tensor | None,
-        how: LogitMap,
-        names: tuple[str, ...],
-        topk: int,
-    ) -> tuple[Tensor, ...]:
-        extra = ("lse", *(("entropy", "count") if {"entropy", "self_certainty"} & set(names) else ()))
-        stats = stats_forward(logits, y, rows, how, tuple({*names, *extra}), topk)
-        ctx.save_for_backward(logits, y, rows, *(stats[name].clone() for name in extra))
-        ctx.how, ctx.names = how, names
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(stats[name] for name in names if name not in DIFFERENTIABLE))
-        return tuple(stats[name] for name in names)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, y, rows, lse, *moments = ctx.saved_tensors
-        entropy, count = moments or (None, None)
-        weights = coefficients(
-            dict(zip(ctx.names, grads, strict=True)), lse, entropy, count, y != ctx.how.ignore_index
-        )
-        return stats_backward(logits, y, rows, lse, weights, ctx.how), None, None, None, None, None
+NATIVE = Engine(stats_forward, stats_backward)
 
 
 def token_stats(
@@ -227,11 +212,4 @@ def token_stats(
         raise ValueError(f'logits is on {logits.device}; impl="native" runs on the CPU, use impl="triton"')
     if topk < 1:
         raise ValueError(f"topk is {topk}; give at least 1")
-    y = targets.reshape(-1).long()
-    n = None if rows is None else rows.long()
-    if torch.is_grad_enabled() and logits.requires_grad:
-        values = _TokenStats.apply(logits, y, n, how, names, topk)
-    else:
-        stats = stats_forward(logits.detach(), y, n, how, names, topk)
-        values = tuple(stats[name] for name in names)
-    return {name: value.view(targets.shape) for name, value in zip(names, values, strict=True)}
+    return run(NATIVE, logits, targets, rows, how, names, topk)

@@ -20,8 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from raise_kernels._backward import Engine, run
 from raise_kernels._checks import PLAIN, LogitMap, check_stats, check_want
+from raise_kernels._layout import WARPS, alignment, fold_leading_axes
 from raise_kernels._tiles import (
+    column,
     exp,
     finish,
     join_m2,
@@ -34,15 +37,14 @@ from raise_kernels._tiles import (
     shift_to,
     to_z,
 )
+from raise_kernels.token_stats_backward import stats_backward
 
 SPLIT = 16384  # columns of one program; a power of two and a multiple of every tile
 ROWS = 64  # rows that one merging program joins
-WARPS = 4
 
 # What each level computes; a level includes those below it.
-LEVELS = (("logp", "lse", "max_logp"), ("entropy", "self_certainty"), ("varentropy", "rank"))
+LEVELS = (("logp", "lse", "max_logp", "top"), ("entropy", "self_certainty", "count"), ("varentropy", "rank"))
 FIELDS = (2, 5, 7)
-OUTPUTS = ("logp", "lse", "max_logp", "entropy", "self_certainty", "varentropy", "rank")
 
 
 @triton.jit
@@ -123,13 +125,11 @@ def _stats_kernel(
         # Only the last tile needs a mask, which would cost the others their wide loads when V is odd.
         full = lo + (hi - lo) // (U * W) * (U * W)
         for v in range(lo, full, U * W):
-            x = tl.load(p_row + _column(v + o_v, stride_v, UNIT))
+            x = tl.load(p_row + column(v + o_v, stride_v, UNIT))
             z = to_z(x, a, b, CAPPED)
             m, s0, s1, sd, n, m2, rank = _reduce_tile(z, z_y, m, s0, s1, sd, n, m2, rank, LEVEL)
         if full < hi:
-            x = tl.load(
-                p_row + _column(full + o_v, stride_v, UNIT), mask=full + o_v < hi, other=-float("inf")
-            )
+            x = tl.load(p_row + column(full + o_v, stride_v, UNIT), mask=full + o_v < hi, other=-float("inf"))
             z = to_z(x, a, b, CAPPED)
             m, s0, s1, sd, n, m2, rank = _reduce_tile(z, z_y, m, s0, s1, sd, n, m2, rank, LEVEL)
 
@@ -153,14 +153,6 @@ def _stats_kernel(
                 tl.store(p + 6 * plane, tl.sum(rank, 0))
         if i_s == 0:
             tl.store(p_zy + i_t, z_y)
-
-
-@triton.jit
-def _column(o_v, stride_v, UNIT: tl.constexpr):
-    """Offset of columns o_v: 32 bits suffice when columns are adjacent."""
-    if UNIT:
-        return o_v
-    return o_v.to(tl.int64) * stride_v
 
 
 @triton.jit(do_not_specialize=["T", "N", "splits", "ignore"])
@@ -196,41 +188,15 @@ def _merge_kernel(
     tl.store(p, settle(logp, good, scored), mask=m_t)
     tl.store(p + plane, settle(m + log_s, good, scored), mask=m_t)
     tl.store(p + 2 * plane, settle(-log_s, good, scored), mask=m_t)
+    tl.store(p + 3 * plane, settle(m, good, scored), mask=m_t)
     if LEVEL >= 1:
-        tl.store(p + 3 * plane, settle(log_s - mean_of(s1, s0), good, scored), mask=m_t)
+        tl.store(p + 4 * plane, settle(log_s - mean_of(s1, s0), good, scored), mask=m_t)
         certainty = log_s - mean_of(sd, n) - log_from_one(n)
-        tl.store(p + 4 * plane, settle(certainty, good, scored), mask=m_t)
+        tl.store(p + 5 * plane, settle(certainty, good, scored), mask=m_t)
+        tl.store(p + 6 * plane, settle(n, good, scored), mask=m_t)
     if LEVEL >= 2:
-        tl.store(p + 5 * plane, settle(mean_of(m2, s0), good, scored), mask=m_t)
-        tl.store(p + 6 * plane, settle(rank, good, scored), mask=m_t)
-
-
-class Layout(NamedTuple):
-    """Leading axes of a logits view, folded to at most three."""
-
-    sizes: tuple[int, int, int]
-    strides: tuple[int, int, int]
-    rows: int
-
-
-def fold_leading_axes(logits: Tensor) -> Layout:
-    """Address [..., V] without a copy: adjacent leading axes with compatible strides become one."""
-    axes: list[tuple[int, int]] = []
-    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if axes and axes[-1][1] == size * stride:
-            axes[-1] = (axes[-1][0] * size, stride)
-        else:
-            axes.append((size, stride))
-    if len(axes) > 3:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} with strides {logits.stride()} has {len(axes)} leading axes that "
-            "do not fold into each other; 3 can be addressed without a copy: pass logits.contiguous()"
-        )
-    axes = [(1, 0)] * (3 - len(axes)) + axes
-    rows = axes[0][0] * axes[1][0] * axes[2][0]
-    return Layout((axes[0][0], axes[1][0], axes[2][0]), (axes[0][1], axes[1][1], axes[2][1]), rows)
+        tl.store(p + 7 * plane, settle(mean_of(m2, s0), good, scored), mask=m_t)
+        tl.store(p + 8 * plane, settle(rank, good, scored), mask=m_t)
 
 
 class Partials(NamedTuple):
@@ -249,7 +215,7 @@ class Partials(NamedTuple):
 def level_of(want: Sequence[str]) -> int:
     """The cheapest level that gives every name in `want`."""
     for name in want:
-        if name not in OUTPUTS:
+        if not any(name in names for names in LEVELS):
             raise ValueError(f'want names {name!r}, which only impl="reference" computes')
     return max(k for k, names in enumerate(LEVELS) if set(names) & set(want))
 
@@ -274,8 +240,6 @@ def partial_stats(
     part = torch.empty(FIELDS[level], splits, count, dtype=torch.float32, device=logits.device)
     z_y = torch.empty(count, dtype=torch.float32, device=logits.device)
     a, b = how.factors
-    item = logits.element_size()
-    aligned = logits.data_ptr() % 16 == 0 and all(s * item % 16 == 0 for s in layout.strides)
     tile_u, tile_w = lanes(logits, level)
     _stats_kernel[(splits * count,)](
         logits,
@@ -296,7 +260,7 @@ def partial_stats(
         HAS_ROWS=rows is not None,
         CAPPED=how.softcap is not None,
         UNIT=logits.stride(-1) == 1,
-        ALIGN=16 // item if aligned else 1,
+        ALIGN=alignment(logits, layout),
         LEVEL=level,
         SPLIT=SPLIT,
         U=tile_u,
@@ -330,6 +294,19 @@ def merge(partials: Partials) -> dict[str, Tensor]:
     return dict(zip(names, out, strict=True))
 
 
+def stats_forward(
+    logits: Tensor, y: Tensor, rows: Tensor | None, how: LogitMap, names: tuple[str, ...], topk: int
+) -> dict[str, Tensor]:
+    """Both launches. y, rows [T] int64 -> every name of the level that `names` needs, [T] each."""
+    level = level_of(names)
+    if not len(y):
+        return {name: torch.empty(0, device=logits.device) for names in LEVELS for name in names}
+    return merge(partial_stats(logits, y, None if rows is None else rows.contiguous(), how, level))
+
+
+TRITON = Engine(stats_forward, stats_backward)
+
+
 def token_stats(
     logits: Tensor,
     targets: Tensor,
@@ -338,22 +315,16 @@ def token_stats(
     how: LogitMap = PLAIN,
     want: Sequence[str] = ("logp",),
 ) -> dict[str, Tensor]:
-    """As `reference.token_stats`, without a gradient; outputs fp32 with the shape of targets.
+    """As `reference.token_stats`; outputs fp32 with the shape of targets, differentiable once in logits.
 
-    logits [..., V] fp32, bf16 or fp16 with any strides, never copied; targets and rows int64 or int32. Does
-    not compute `topk_logp_mean`.
+    logits [..., V] fp32, bf16 or fp16 with any strides, never copied; targets and rows int64 or int32. The
+    gradient has the dtype of logits. Does not compute `topk_logp_mean`.
     """
     names = check_want(want)
-    level = level_of(names)
+    level_of(names)
     check_stats(logits, targets, rows)
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
             f'logits is {logits.dtype}; give fp32, bf16 or fp16, or use impl="native" or "reference"'
         )
-    flat = targets.reshape(-1)
-    if not len(flat):
-        return {name: torch.zeros(targets.shape, device=logits.device) for name in names}
-    stats = merge(
-        partial_stats(logits, flat.contiguous(), None if rows is None else rows.contiguous(), how, level)
-    )
-    return {name: stats[name].view(targets.shape) for name in names}
+    return run(TRITON, logits, targets, rows, how, names)

@@ -109,7 +109,7 @@ def test_metrics_without_open_rows_are_nan() -> None:
     assert all(v.isnan() for v in got.metrics().values())
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@every_impl
 def test_gradient_reaches_the_logits(impl: str) -> None:
     x = torch.randn(3, 20, requires_grad=True)
     y = torch.tensor([1, 2, -100])

@@ -19,7 +19,6 @@ IMPLS: dict[str, Stats] = {
     "native": native.token_stats,
     "triton": token_stats.token_stats,
 }
-GRADIENT_IMPLS = ["reference", "native"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IGNORED = -100
 

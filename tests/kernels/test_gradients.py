@@ -1,0 +1,140 @@
+"""Gradients of token_stats: finite differences in fp64, and float64 autograd for every implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from raise_kernels import native, reference
+from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap
+from tests.budget import assert_exact, assert_within_error_budget
+from tests.kernels.cases import DTYPES, IGNORED, IMPLS, folded, gradient, rows_of_logits
+
+fast_impl = pytest.mark.parametrize("impl", ["native", "triton"])
+HALF_ULP = torch.finfo(torch.float32).eps / 2
+INF = float("inf")
+
+
+def judge(
+    impl: str, logits: Tensor, y: Tensor, up: dict[str, Tensor], how: LogitMap = PLAIN, **kw: Tensor
+) -> Tensor:
+    """Hold d (sum of up * statistics) / d logits of `impl` to the budget of fp32 autograd."""
+    actual = gradient(IMPLS[impl], logits, y, up, how=how, **kw)
+    assert actual.dtype == logits.dtype and actual.shape == logits.shape
+    oracle = gradient(reference.token_stats, logits.double(), y, up, how=how, **kw)
+    columns = how.columns(logits.shape[-1])
+    # p is rounded at 1 and multiplied by every upstream gradient and the slope of z
+    floor = HALF_ULP * sum(float(u.abs().max()) for u in up.values()) * how.factors[0] * how.factors[1]
+    worst = (oracle + floor).to(logits.dtype)
+    for k in range(3):
+        peer = torch.zeros_like(oracle)
+        part = gradient(reference.token_stats, logits[..., :columns].float(), y, up, how=folded(how, k), **kw)
+        peer[..., :columns] = part.double()
+        worst = torch.where((peer - oracle).abs() > (worst - oracle).abs(), peer.to(logits.dtype), worst)
+    assert_within_error_budget(actual, oracle, worst, name=f"{impl} gradient of {tuple(up)}")
+    return actual
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize(
+    "how", [PLAIN, LogitMap(temperature=0.5, logit_scale=0.3, softcap=2.0, valid_vocab=9)]
+)
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_finite_differences(impl: str, name: str, how: LogitMap) -> None:
+    logits = torch.randn(4, 11, dtype=torch.float64) * 2
+    logits[0, 2:5] = -INF
+    y, rows = torch.tensor([0, 8, IGNORED, 3, 1]), torch.tensor([0, 2, 1, 2, 3])
+    free = logits.isfinite()
+
+    def run(values: Tensor) -> Tensor:
+        x = logits.masked_scatter(free, values)
+        return IMPLS[impl](x, y, rows=rows, how=how, want=(name,))[name]
+
+    torch.autograd.gradcheck(run, logits[free].clone().requires_grad_())
+
+
+@fast_impl
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("names", [*((n,) for n in DIFFERENTIABLE), DIFFERENTIABLE])
+def test_each_output_alone_and_together(impl: str, dtype: torch.dtype, names: tuple[str, ...]) -> None:
+    logits = (torch.randn(6, 2500) * 4).to(dtype)
+    y = torch.randint(0, 2500, (6,))
+    logits[0, y[0]] += 40
+    judge(impl, logits, y, {n: torch.randn(6) for n in names})
+
+
+@fast_impl
+@given(data=st.data(), case=rows_of_logits(largest=300))
+def test_random_rows(impl: str, data: st.DataObject, case: tuple[Tensor, Tensor, LogitMap]) -> None:
+    logits, y, how = case
+    names = tuple(data.draw(st.sets(st.sampled_from(DIFFERENTIABLE), min_size=1)))
+    before = logits.clone()
+    judge(impl, logits, y, {n: torch.randn(y.shape) for n in names}, how)
+    assert_exact(logits.clone(), before, name="logits unwritten")
+
+
+@fast_impl
+def test_repeated_rows_add_up_and_others_are_zero(impl: str) -> None:
+    logits = torch.randn(3, 4, 70)
+    rows = torch.tensor([5, 2, 5, 11, 5, 99, -1])
+    y = torch.tensor([1, 2, 3, 4, IGNORED, 0, 0])
+    grad = judge(impl, logits, y, {"logp": torch.randn(7), "entropy": torch.randn(7)}, rows=rows)
+    touched = (grad.view(12, 70) != 0).any(1)
+    assert touched.nonzero()[:, 0].tolist() == [2, 5, 11]
+
+
+@pytest.mark.parametrize("impl", list(IMPLS))
+def test_rows_without_a_result_have_no_gradient(impl: str) -> None:
+    logits = torch.randn(6, 50)
+    logits[0], logits[1, 3], logits[2, 3] = -INF, float("nan"), INF
+    y = torch.tensor([1, 1, 1, 50, IGNORED, 1])
+    grad = gradient(IMPLS[impl], logits, y, {n: torch.ones(6) for n in DIFFERENTIABLE})
+    assert (grad[:5] == 0).all()
+    assert (grad[5] != 0).any()
+
+
+@fast_impl
+def test_masked_columns_have_no_gradient(impl: str) -> None:
+    logits = torch.randn(4, 60)
+    logits[:, ::3] = -INF
+    y = torch.tensor([1, 2, 4, 3])
+    how = LogitMap(valid_vocab=50, softcap=3.0)
+    grad = judge(impl, logits, y, {n: torch.randn(4) for n in DIFFERENTIABLE}, how)
+    assert (grad[:, ::3] == 0).all() and (grad[:, 50:] == 0).all()
+
+
+@fast_impl
+def test_upstream_of_stride_zero(impl: str) -> None:
+    logits, y = torch.randn(2, 3, 40), torch.randint(0, 40, (2, 3))
+    leaf = logits.clone().requires_grad_()
+    IMPLS[impl](leaf, y)["logp"].sum().backward()
+    expected = gradient(IMPLS[impl], logits, y, {"logp": torch.ones(2, 3)})
+    assert leaf.grad is not None
+    assert_exact(leaf.grad, expected, name="expanded upstream")
+
+
+@fast_impl
+def test_gradient_of_a_row_alone_equals_the_row_in_any_batch(impl: str) -> None:
+    logits, y = torch.randn(5, 3000), torch.randint(0, 3000, (5,))
+    up = {n: torch.randn(5) for n in DIFFERENTIABLE}
+    whole = gradient(IMPLS[impl], logits, y, up)
+    alone = gradient(IMPLS[impl], logits[3:4], y[3:4], {n: u[3:4] for n, u in up.items()})
+    assert_exact(alone, whole[3:4], name="row 3")
+
+
+@pytest.mark.parametrize("impl", list(IMPLS))
+def test_other_statistics_carry_no_gradient(impl: str) -> None:
+    logits = torch.randn(2, 9, requires_grad=True)
+    out = IMPLS[impl](logits, torch.tensor([1, 2]), want=("logp", "max_logp", "rank", "varentropy"))
+    assert [v.requires_grad for v in out.values()] == [True, False, False, False]
+
+
+def test_a_second_derivative_is_refused() -> None:
+    logits = torch.randn(2, 9, requires_grad=True)
+    logp = native.token_stats(logits, torch.tensor([1, 2]))["logp"]
+    (grad,) = torch.autograd.grad(logp.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
