@@ -7,7 +7,8 @@
     grpo 0/1        GRPO with the text score as reward
     grpo scre-igsr  GRPO with confidence rewards
 
-Everything else is the default configuration of `raise-core demo`, and the arms of a seed share data, warm start,
+Everything else is the default configuration of `raise-core demo`, and the arms of a seed share data, warm
+start,
 prompt order and sampling seed.  Records go to bench/results/arms.jsonl; the table is printed from them.
 """
 
@@ -20,16 +21,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.record import RESULTS, provenance
 from raise_trainer.config import DemoConfig
 from raise_trainer.demo import Prepared, held_out, prepare, start, warm_start
 from raise_trainer.evaluate import summary
 from raise_trainer.logbook import Logbook
 from raise_trainer.loop import run_grpo, run_sft
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.record import RESULTS, provenance
-
-SHOWN = ("accuracy", "match", "accuracy_greedy", "match_greedy", "confidence", "accuracy_strict", "accuracy_open")
+SHOWN = (
+    "accuracy",
+    "match",
+    "accuracy_greedy",
+    "match_greedy",
+    "confidence",
+    "accuracy_strict",
+    "accuracy_open",
+)
 COUNTED_STEPS = 3  # steps whose operations are counted
 
 
@@ -136,5 +145,3 @@ def main(arguments: Sequence[str]) -> int:
                 file.writelines(json.dumps(r) + "\n" for r in some)
     print(table(records))
     return 0
-
-

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from raise_trainer import world
 from raise_trainer.clips import read_frames, write_mp4
 from raise_trainer.errors import BadMedia

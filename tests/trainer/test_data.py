@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from raise_trainer.data import Refused, Row, keep_good, load_rows
 from raise_trainer.errors import BadRow, UserError
 
@@ -20,7 +21,9 @@ GOOD: dict[str, Any] = {
 }
 
 
-def load(tmp_path: Path, rows: list[Any], *, on_bad: Any = "fail", lines: bool = False) -> tuple[list[Row], Refused]:
+def load(
+    tmp_path: Path, rows: list[Any], *, on_bad: Any = "fail", lines: bool = False
+) -> tuple[list[Row], Refused]:
     file = tmp_path / "rows.json"
     file.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
     refused = Refused()
@@ -71,7 +74,9 @@ def test_a_link_out_of_the_data_root_is_refused(tmp_path: Path) -> None:
         load(root, [GOOD | {"path": "link.mp4"}])
 
 
-@pytest.mark.parametrize("content, message", [("[{", "not JSON"), ("[]", "no usable row"), (None, "No such file")])
+@pytest.mark.parametrize(
+    "content, message", [("[{", "not JSON"), ("[]", "no usable row"), (None, "No such file")]
+)
 def test_a_bad_file_is_named(tmp_path: Path, content: str | None, message: str) -> None:
     file = tmp_path / "rows.json"
     if content is not None:

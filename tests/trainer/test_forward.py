@@ -1,7 +1,7 @@
 """One meaning of a sequence: the sampler, the batched forward pass and the model's own forward pass agree.
 
-The weights are scaled up so that positions matter, and a position error is shown to be seen: small random weights
-would hide it.
+The weights are scaled up so that positions matter, and a position error is shown to be seen: small random
+weights would hide it.
 """
 
 import random
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from raise_trainer import forward as forward_module
 from raise_trainer import tiny, world
 from raise_trainer.clips import write_mp4
@@ -18,7 +19,6 @@ from raise_trainer.errors import BadMedia, BadRow
 from raise_trainer.forward import forward
 from raise_trainer.prompts import Prompt, PromptBuilder, target_ids
 from raise_trainer.rollout import Rollout, sample
-
 from tests.budget import assert_within_error_budget
 
 
@@ -42,7 +42,9 @@ def prompts(processor: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Pr
 def make_row(path: Path, task: str, **other: Any) -> Row:
     options = tuple(world.options_of(task))
     kind = world.PROBLEM_TYPE[task]
-    return Row(0, other.pop("problem", world.QUESTION[task]), "video", kind, options, "x", path, "demo", **other)
+    return Row(
+        0, other.pop("problem", world.QUESTION[task]), "video", kind, options, "x", path, "demo", **other
+    )
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,9 @@ def test_the_clip_matters_and_is_shared(model: Any, prompts: list[Prompt], proce
     assert (together.states[rows] - alone.states[alone.completion_rows(completions)]).abs().max() < 1e-4
 
 
-def test_sampling_repeats_with_its_seed_and_never_draws_media(model: Any, prompts: list[Prompt], processor: Any) -> None:
+def test_sampling_repeats_with_its_seed_and_never_draws_media(
+    model: Any, prompts: list[Prompt], processor: Any
+) -> None:
     first, again, other = (rollout(model, prompts, processor, seed) for seed in (0, 0, 1))
     assert first.completions == again.completions != other.completions
     media = set(processor.tokenizer.convert_tokens_to_ids(list(tiny.MEDIA)))

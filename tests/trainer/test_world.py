@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+
 from raise_trainer import world
 
 
@@ -29,7 +30,9 @@ def test_a_true_chain_and_its_answer_match_and_a_false_one_does_not() -> None:
 
 
 @pytest.mark.parametrize("task", world.TASKS)
-@pytest.mark.parametrize("text", ["", "B", "B. ", "a red", "red green circle moves left", "\x00", "the the the"])
+@pytest.mark.parametrize(
+    "text", ["", "B", "B. ", "a red", "red green ring moves left", "\x00", "the the the"]
+)
 def test_text_that_claims_nothing_never_matches(task: str, text: str) -> None:
     assert not world.answer_follows_chain(task, text, text, world.options_of(task))
 
@@ -42,8 +45,8 @@ def test_a_letter_with_another_options_text_claims_nothing() -> None:
 
 
 def test_a_description_with_two_colours_claims_nothing() -> None:
-    assert world.answer_claim("describe", "a red circle moves left", ()) == ("red", "circle", "left")
-    assert world.answer_claim("describe", "a red green circle moves left", ()) is None
+    assert world.answer_claim("describe", "a red ring moves left", ()) == ("red", "ring", "left")
+    assert world.answer_claim("describe", "a red green ring moves left", ()) is None
 
 
 def test_every_phrasing_names_the_three_words_once() -> None:

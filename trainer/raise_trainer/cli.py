@@ -20,7 +20,7 @@ def main() -> None:
     """Parse and run; what a user can mend is one line on stderr and exit status 2."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo}, prog="raise-core", config=(tyro.conf.FlagConversionOff,)
+            {"demo": demo}, prog="raise-core", config=(tyro.conf.FlagCreatePairsOff,)
         )
     except UserError as error:
         print(f"raise-core: error: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Videos on disk: H.264 mp4 written with PyAV, frames read back with decord."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import torch
 
 from .errors import BadMedia
 
+decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is said once, by BadMedia
+
 
 @dataclass(frozen=True)
 class Frames:
-    """Sampled frames `[F, H, W, 3]` uint8, their indices in the file, and the file's frame rate [1/s] and length."""
+    """Sampled frames `[F, H, W, 3]` uint8, their indices in the file, its frame rate [1/s] and frame
+    count."""
 
     pixels: torch.Tensor
     indices: tuple[int, ...]
@@ -22,9 +26,11 @@ class Frames:
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Write `[F, H, W, 3]` uint8 RGB frames as H.264.  One encoder thread: the same frames give the same bytes."""
+    """Write `[F, H, W, 3]` uint8 RGB frames as H.264; one encoder thread, so that the bytes repeat."""
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=fps, options={"crf": "12", "preset": "veryfast", "threads": "1"})
+        stream = file.add_stream(
+            "libx264", rate=fps, options={"crf": "12", "preset": "veryfast", "threads": "1"}
+        )
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
@@ -33,9 +39,9 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def read_frames(path: Path, count: int) -> Frames:
-    """`count` frames spread evenly over a video (all of them when it has fewer, rounded down to an even number).
+    """`count` frames spread evenly over a video; all, rounded down to an even number, when it has fewer.
 
-    Raises BadMedia, with the path and the reason, for a file that is missing, empty, cut short or not a video.
+    Raises BadMedia, with path and reason, for a file that is missing, empty, cut short or not a video.
     """
     try:
         size = path.stat().st_size
@@ -47,11 +53,15 @@ def read_frames(path: Path, count: int) -> Frames:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         total = len(reader)
         if total < 2:
-            raise BadMedia(f"{path}: {total} frame(s), a video needs at least 2; list it as data_type 'image'")
+            raise BadMedia(
+                f"{path}: {total} frame(s), a video needs at least 2; list it as data_type 'image'"
+            )
         kept = min(count, total) // 2 * 2  # the model merges frames in pairs
         indices = tuple(int(i) for i in np.linspace(0, total - 1, kept).round())
         pixels = torch.from_numpy(reader.get_batch(list(indices)).asnumpy())
         return Frames(pixels, indices, float(reader.get_avg_fps()), total)
     except (decord.DECORDError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1][:160]
-        raise BadMedia(f"{path}: cannot be decoded ({reason}); re-encode it or drop the row") from None
+        # decord's text begins with a time and its own source file, and holds the path again
+        text = str(error).strip().splitlines()[0].replace(str(path), "it")
+        reason = re.sub(r"^\[.*?\]\s*\S+:\d+:\s*", "", text)
+        raise BadMedia(f"{path}: cannot be decoded ({reason[:120]}); re-encode it or drop the row") from None

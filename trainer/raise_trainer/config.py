@@ -10,7 +10,8 @@ from .scoring import RewardKind
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Train a tiny video model from nothing: synthetic videos, supervised warm start, GRPO, held-out evaluation."""
+    """Train a tiny video model from nothing: synthetic videos, supervised warm start, GRPO, held-out
+    evaluation."""
 
     out: Path = Path("runs/demo")
     """folder of the run; must not exist yet, or be empty"""

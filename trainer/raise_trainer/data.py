@@ -1,8 +1,8 @@
 """Rows in the Video-R1 JSON schema, checked one by one; a bad row is refused or counted, never replaced.
 
-    problem_id, problem, data_type, problem_type, options, solution "<answer>X</answer>", path "./folder/file"
-    process "<think>…</think>"      supervised rows only: the chain; the target is process + solution
-    references [str, …]             optional, free-form: several accepted phrasings
+problem_id, problem, data_type, problem_type, options, solution "<answer>X</answer>", path "./folder/file"
+process "<think>…</think>"      supervised rows only: the chain; the target is process + solution
+references [str, …]             optional, free-form: several accepted phrasings
 """
 
 import json
@@ -73,7 +73,8 @@ U = TypeVar("U")
 
 
 def keep_good(items: Iterable[T], make: Callable[[T], U], on_bad: OnBad, refused: Refused) -> list[U]:
-    """`make` of every item; one that raises BadRow or BadMedia stops the run (`fail`) or is recorded (`skip`)."""
+    """`make` of every item; one that raises BadRow or BadMedia stops the run (`fail`) or is recorded
+    (`skip`)."""
     made = []
     for item in items:
         try:
@@ -89,9 +90,15 @@ def load_rows(file: Path, root: Path, *, on_bad: OnBad, refused: Refused) -> lis
     """All rows of a Video-R1 JSON list or a JSON-lines file; media paths are taken under `root`."""
     try:
         text = file.read_text(encoding="utf-8")
-        raw = json.loads(text) if text.lstrip().startswith("[") else [json.loads(s) for s in text.splitlines() if s]
+        raw = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(s) for s in text.splitlines() if s]
+        )
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; give a JSON list of rows in the Video-R1 schema") from None
+        raise UserError(
+            f"{file}: {error.strerror}; give a JSON list of rows in the Video-R1 schema"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: not JSON (line {error.lineno}: {error.msg})") from None
     root = root.resolve()
@@ -109,7 +116,9 @@ def _row(index: int, raw: Any, root: Path) -> Row:
         if not isinstance(raw.get(key), str) or not raw[key].strip():
             raise BadRow(f"{name}: no `{key}` (a non-empty string); add it or drop the row")
     if raw["problem_type"] not in PROBLEM_TYPES:
-        raise BadRow(f"{name}: problem_type {raw['problem_type']!r}, expected one of {', '.join(PROBLEM_TYPES)}")
+        raise BadRow(
+            f"{name}: problem_type {raw['problem_type']!r}, expected one of {', '.join(PROBLEM_TYPES)}"
+        )
     if raw["data_type"] != "video":
         raise BadRow(f"{name}: data_type {raw['data_type']!r}, expected 'video'; drop the row")
     path = (root / raw["path"]).resolve()

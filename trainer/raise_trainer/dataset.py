@@ -10,8 +10,10 @@ from . import world
 from .clips import write_mp4
 
 KINDS = {"move": 3, "order": 2, "count": 1}  # scenes drawn in this proportion
-# The warm start's errors, fixed beforehand: in a quarter of the examples the chain contradicts the video and the
-# answer follows the chain (wrong); in another quarter the chain contradicts it and the answer is right all the same.
+# The warm start's errors, fixed beforehand: in a quarter of the examples the chain contradicts the video
+# and the
+# answer follows the chain (wrong); in another quarter the chain contradicts it and the answer is right all
+# the same.
 CHAIN_AND_ANSWER_WRONG = 0.25
 CHAIN_ALONE_WRONG = 0.25
 
@@ -19,7 +21,8 @@ CHAIN_ALONE_WRONG = 0.25
 def write_dataset(
     root: Path, *, train_videos: int, test_videos: int, seed: int, advance: Callable[[int], None]
 ) -> None:
-    """Write `clips/*.mp4`, `sft.json` (chains and answers, some wrong), `train.json` and `test.json` (solutions)."""
+    """Write `clips/*.mp4`, `sft.json` (chains and answers, some wrong), `train.json` and `test.json`
+    (solutions)."""
     (root / "clips").mkdir(parents=True)
     rng = random.Random(seed)
     rows: dict[str, list[dict[str, Any]]] = {"sft": [], "train": [], "test": []}

@@ -1,4 +1,5 @@
-"""The main job: write videos, warm-start a tiny model on flawed chains, train it with GRPO, measure, report."""
+"""The main job: write videos, warm-start a tiny model on flawed chains, train it with GRPO, measure,
+report."""
 
 import json
 import os
@@ -75,9 +76,7 @@ def prepare(config: DemoConfig, log: Logbook) -> Prepared:
         for name in ("sft", "train", "test")
     }
     processor = tiny.build_processor()
-    builder = PromptBuilder(
-        processor, frames=config.frames, max_length=tiny.CONTEXT - config.max_new_tokens
-    )
+    builder = PromptBuilder(processor, frames=config.frames, max_length=tiny.CONTEXT - config.max_new_tokens)
     prompts: dict[str, list[Prompt]] = {}
     with log.stage("decode videos", sum(map(len, rows.values()))) as stage:
         for name, some in rows.items():
@@ -172,9 +171,13 @@ def run_demo(config: DemoConfig) -> Path:
     return report
 
 
-def _final_table(log: Logbook, config: DemoConfig, before: Sequence[Answered], after: Sequence[Answered]) -> None:
+def _final_table(
+    log: Logbook, config: DemoConfig, before: Sequence[Answered], after: Sequence[Answered]
+) -> None:
     a, b = summary(before), summary(after)
     shown = [key for key in a if "/" not in key]
     rows = [[key, f"{a[key]:.3f}", f"{b[key]:.3f}", f"{b[key] - a[key]:+.3f}"] for key in shown]
-    title = f"{len(before) // config.eval_samples} questions on unseen videos, {config.eval_samples} samples each"
+    title = (
+        f"{len(before) // config.eval_samples} questions on unseen videos, {config.eval_samples} samples each"
+    )
     log.table(title, ["", "warm start", f"GRPO, {config.reward}", "change"], rows)

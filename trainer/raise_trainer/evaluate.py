@@ -18,7 +18,8 @@ class Answered:
 
     right: a strict answer passes its rule; a description names the video's colour, shape and direction.
     match: the answer follows from the chain of thought.
-    confidence: geometric mean probability of the answer's tokens under the model that wrote them; 0 without answer.
+    confidence: geometric mean probability of the answer's tokens under the model that wrote them; 0 without
+    answer.
     """
 
     row: Row

@@ -1,7 +1,7 @@
 """What a run says and keeps: a progress bar with time left, `metrics.jsonl`, `timings.jsonl`, tables.
 
-Figures that depend on the clock go to timings.jsonl alone, so that metrics.jsonl of two runs with the same seed
-on the same machine are the same bytes.
+Figures that depend on the clock go to timings.jsonl alone, so that metrics.jsonl of two runs with the same
+seed on the same machine are the same bytes.
 """
 
 import json
@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on

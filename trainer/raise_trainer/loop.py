@@ -8,8 +8,8 @@
         one policy-gradient step                         update.grpo_step
         the reference follows slowly                     raise_core.EmaReference
 
-Departures from the paper: one update per rollout (so no clipping happens), no KL term (as in its best setting), a
-reference that starts from the warm-started model instead of a pretrained one.
+Departures from the paper: one update per rollout (so no clipping happens), no KL term (as in its best
+setting), a reference that starts from the warm-started model instead of a pretrained one.
 """
 
 import random

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
@@ -14,7 +13,8 @@ from .errors import BadRow
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One preprocessed video: patches, their grid, seconds per temporal patch.  Shared by all its questions."""
+    """One preprocessed video: patches, their grid, seconds per temporal patch.  Shared by all its
+    questions."""
 
     patches: Tensor  # [t*h*w, patch_dim]
     grid: Tensor  # [1, 3] patches along t, h, w
@@ -78,12 +78,14 @@ class PromptBuilder:
         pad = self.processor.video_token
         merged = int(clip.grid.prod()) // self.processor.video_processor.merge_size**2
         if text.count(pad) != 1:
-            raise BadRow(f"row {row.problem_id}: the text holds the media token {pad!r}; remove it from `problem`")
+            raise BadRow(
+                f"row {row.problem_id}: the text holds the media token {pad!r}; remove it from `problem`"
+            )
         ids = self.processor.tokenizer(text.replace(pad, pad * merged), return_tensors="pt")["input_ids"][0]
         if len(ids) > self.max_length:
             raise BadRow(
-                f"row {row.problem_id}: the prompt has {len(ids)} tokens, the context leaves {self.max_length}; "
-                "sample fewer frames or shorten the question"
+                f"row {row.problem_id}: the prompt has {len(ids)} tokens, "
+                f"the context leaves {self.max_length}; sample fewer frames or shorten the question"
             )
         return Prompt(row, ids, (ids == self.processor.video_token_id).int() * 2, clip)
 

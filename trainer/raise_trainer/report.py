@@ -16,7 +16,7 @@ from .logbook import Logbook
 from .prompts import Prompt
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
+from matplotlib import pyplot as plt
 
 INK, RIGHT, WRONG = "#1f3a5f", "#2a7f62", "#c8553d"
 CURVES = (  # metric, title, unit on the axis
@@ -36,7 +36,8 @@ def write_report(
 ) -> Path:
     """Write `report.html` into the run's folder and return its path.
 
-    arms: name -> held-out answers, `eval_samples` per prompt in the order of `prompts`; the first is the baseline.
+    arms: name -> held-out answers, `eval_samples` per prompt in the order of `prompts`; the first is the
+    baseline.
     """
     path = config.out / "report.html"
     environment = jinja2.Environment(
@@ -91,7 +92,9 @@ def _confidence(arms: Mapping[str, Sequence[Answered]]) -> str:
     for axis, (name, answered) in zip(axes, arms.items(), strict=True):
         for right, colour, label in ((True, RIGHT, "right"), (False, WRONG, "wrong")):
             values = [a.confidence for a in answered if a.right == right]
-            axis.hist(values, bins=30, range=(0, 1), color=colour, alpha=0.6, label=f"{label} ({len(values)})")
+            axis.hist(
+                values, bins=30, range=(0, 1), color=colour, alpha=0.6, label=f"{label} ({len(values)})"
+            )
         axis.set_title(name, loc="left", fontweight="bold")
         axis.set_xlabel("answer confidence: geometric mean probability of its tokens")
         axis.legend(frameon=False)

@@ -1,4 +1,5 @@
-"""Sampling G completions per prompt: every prompt is encoded once, its key-value cache shared by its group."""
+"""Sampling G completions per prompt: every prompt is encoded once, its key-value cache shared by its
+group."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ class Rollout:
     """B = P*G sampled completions, the G of a prompt adjacent.
 
     completions: token ids up to and including the end-of-sequence token (which a truncated one lacks).
-    logp: per completion, log-probability [nats] of each sampled token at temperature 1 over the whole vocabulary.
-    owner: per completion, the index of its prompt.
+    logp: per completion, log-probability [nats] of each sampled token at temperature 1 over the whole
+    vocabulary. owner: per completion, the index of its prompt.
     """
 
     prompts: list[Prompt]
@@ -40,8 +41,8 @@ def sample(
 ) -> Rollout:
     """Sample until every completion has ended or `max_new_tokens` are reached; temperature 0 is greedy.
 
-    suppress: token ids never sampled.  The media placeholders must be among them: one of those in a completion
-    makes the next forward pass look for a video that is not there.
+    suppress: token ids never sampled.  The media placeholders must be among them: one of those in a
+    completion makes the next forward pass look for a video that is not there.
     """
     b = len(prompts) * group_size
     owner = [i // group_size for i in range(b)]

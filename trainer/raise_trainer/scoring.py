@@ -1,4 +1,5 @@
-"""From sampled completions to rewards: text score, answer span, confidence under the reference, SCRE / IGSR."""
+"""From sampled completions to rewards: text score, answer span, confidence under the reference, SCRE /
+IGSR."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

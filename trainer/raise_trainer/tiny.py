@@ -26,7 +26,8 @@ CHAT_TEMPLATE = (
 
 
 def _corpus() -> list[str]:
-    """Every sentence the world can say, without the combinations: enough for each word to become one token."""
+    """Every sentence the world can say, without the combinations: enough for each word to become one
+    token."""
     text = [*world.QUESTION.values(), "Options: A. B. C. D.", "user\nassistant\n"]
     for words in zip(list(world.COLOURS) * 3, world.SHAPES * 4, list(world.DIRECTIONS) * 3, strict=True):
         text += [phrasing.format(*words) for phrasing in world.PHRASINGS]
@@ -107,6 +108,8 @@ def build_model(processor: Qwen2_5_VLProcessor, *, seed: int) -> Qwen2_5_VLForCo
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
     )
-    config.initializer_range = config.text_config.initializer_range = config.vision_config.initializer_range = INIT
+    config.initializer_range = config.text_config.initializer_range = (
+        config.vision_config.initializer_range
+    ) = INIT
     torch.manual_seed(seed)
     return Qwen2_5_VLForConditionalGeneration(config)

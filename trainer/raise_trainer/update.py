@@ -1,4 +1,5 @@
-"""The two gradient steps: supervised next-token loss, and the GRPO policy loss.  The only file with `backward()`."""
+"""The two gradient steps: supervised next-token loss, and the GRPO policy loss.  The only file with
+`backward()`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +67,9 @@ def grpo_step(
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> dict[str, float]:
     if not torch.isfinite(loss):
-        raise UserError(f"the loss is {loss.item()}; the weights were left as they were; lower the learning rate")
+        raise UserError(
+            f"the loss is {loss.item()}; the weights were left as they were; lower the learning rate"
+        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM, error_if_nonfinite=True)

@@ -1,6 +1,8 @@
 """The demo world: short videos of coloured shapes, questions about them, and chains that may lie.
 
-A scene is a few shapes on a dark ground, 8 frames at 4 frames per second (2 s).  Three kinds of scene:
+A scene is a few shapes on dark ground, 8 frames at 4 frames per second (2 s).  The ground gets bluer to the
+right and greener to the bottom, so that a patch shows where it is: the vision tower knows no absolute
+position. Three kinds of scene:
 
     move    one shape crosses the picture            asks: colour, shape, direction, describe
     order   two shapes, the second appears later     asks: first, when
@@ -20,6 +22,7 @@ from PIL import Image, ImageDraw
 
 SIZE = 56  # pixels, width = height
 FRAMES = 8
+RAMP = 70  # levels of green and blue across the ground
 FPS = 4
 COLOURS = {
     "red": (225, 40, 40),
@@ -27,17 +30,22 @@ COLOURS = {
     "blue": (60, 80, 240),
     "yellow": (240, 220, 40),
 }
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("square", "ring", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 WHEN = ("0.5", "1.0", "1.5")  # seconds; a temporal patch of the model is 0.5 s
 STRICT = ("colour", "shape", "direction", "first", "when", "count")
 TASKS = (*STRICT, "describe")
-TASKS_OF = {"move": ("colour", "shape", "direction", "describe"), "order": ("first", "when"), "count": ("count",)}
+TASKS_OF = {
+    "move": ("colour", "shape", "direction", "describe"),
+    "order": ("first", "when"),
+    "count": ("count",),
+}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: its colour, the way it moves, where it starts and ends [pixels], and when it appears [frames]."""
+    """One shape: its colour, the way it moves, where it starts and ends [pixels], and when it appears
+    [frames]."""
 
     colour: str
     shape: str
@@ -54,12 +62,12 @@ class Scene:
 
     kind: str
     things: tuple[Thing, ...]
-    ground: int  # grey level of the background, 0..255
+    ground: int  # grey level the ground starts from, 0..255
 
 
 def draw_scene(rng: random.Random, kind: str) -> Scene:
     """One random scene of a kind."""
-    ground = rng.randrange(0, 48)
+    ground = rng.randrange(0, 40)
     if kind == "move":
         direction = rng.choice(tuple(DIRECTIONS))
         dx, dy = DIRECTIONS[direction]
@@ -93,9 +101,13 @@ def draw_scene(rng: random.Random, kind: str) -> Scene:
 
 def render(scene: Scene) -> np.ndarray:
     """The frames of a scene, `[FRAMES, SIZE, SIZE, 3]` uint8 RGB."""
+    ramp = np.linspace(0, RAMP, SIZE).astype(np.uint8)
+    ground = np.full((SIZE, SIZE, 3), scene.ground, np.uint8)
+    ground[..., 1] += ramp[:, None]
+    ground[..., 2] += ramp[None, :]
     frames = []
     for f in range(FRAMES):
-        image = Image.new("RGB", (SIZE, SIZE), (scene.ground,) * 3)
+        image = Image.fromarray(ground)
         pen = ImageDraw.Draw(image)
         for thing in scene.things:
             if f < thing.appears:
@@ -109,12 +121,13 @@ def render(scene: Scene) -> np.ndarray:
 
 def _draw(pen: ImageDraw.ImageDraw, thing: Thing, x: float, y: float) -> None:
     r, fill = thing.radius, COLOURS[thing.colour]
-    if thing.shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-    elif thing.shape == "square":
-        pen.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=fill)
+    if thing.shape == "square":
+        pen.rectangle((x - r, y - r, x + r, y + r), fill=fill)
+    elif thing.shape == "ring":
+        pen.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=4)
     else:
-        pen.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=fill)
+        pen.line((x - r, y - r, x + r, y + r), fill=fill, width=3)
+        pen.line((x - r, y + r, x + r, y - r), fill=fill, width=3)
 
 
 # --- questions -------------------------------------------------------------------------------------------
