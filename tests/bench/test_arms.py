@@ -1,0 +1,46 @@
+"""The comparison's table says means and paired changes, and its counter counts."""
+
+import subprocess
+
+import pytest
+import torch
+
+from bench import __main__ as bench_main
+from bench import arms, record
+
+
+def records() -> list[dict[str, object]]:
+    made: list[dict[str, object]] = []
+    for seed, (start, end) in enumerate([(0.40, 0.55), (0.50, 0.60)]):
+        for arm, value in (("warm start", start), ("grpo scre-igsr", end)):
+            made.append({"seed": seed, "arm": arm, **dict.fromkeys(arms.SHOWN, value)})
+        made[-1] |= {"scre_differs_share": 0.5, "igsr_bonus_share": 0.25, "equal_groups_share": 0.1}
+    return made
+
+
+def test_the_table_pairs_seeds() -> None:
+    lines = arms.table(records()).splitlines()
+    assert lines[0] == "| 2 seeds | warm start | grpo scre-igsr |"
+    assert lines[2] == "| accuracy | 0.450 | 0.575 (+0.125; +0.100 to +0.150) |"
+    assert lines[-3] == "| scre differs share (training) |  | 0.500 |"
+
+
+def test_operations_of_a_matrix_product_are_counted() -> None:
+    a, b = torch.ones(3, 5), torch.ones(5, 7)
+    assert arms.operations(lambda: a @ b) == 2 * 3 * 5 * 7
+
+
+def test_a_record_names_its_commit() -> None:
+    made = record.provenance()
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=record.RESULTS.parent
+    )
+    assert made["commit"] == (head.stdout.strip() or "unknown")
+    assert made["torch"] == torch.__version__ and isinstance(made["dirty"], bool)
+
+
+def test_an_unknown_benchmark_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "nothing"])
+    assert bench_main.main() == 2 and "arms" in capsys.readouterr().out
