@@ -66,7 +66,8 @@ def to_z(x, a, b, CAPPED: tl.constexpr):
     x = x.to(tl.float32)
     if CAPPED:
         return tl.where(x == -float("inf"), x, b * tanh(a * x))
-    return a * x
+    else:
+        return a * x
 
 
 @triton.jit
@@ -206,4 +207,5 @@ def column(o_v, stride_v, UNIT: tl.constexpr):
     """Offset of columns o_v: 32 bits suffice when columns are adjacent."""
     if UNIT:
         return o_v
-    return o_v.to(tl.int64) * stride_v
+    else:
+        return o_v.to(tl.int64) * stride_v

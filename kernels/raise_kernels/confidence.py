@@ -36,7 +36,7 @@ from raise_kernels._checks import (
 from raise_kernels._tiles import add_token, finish, merge_partials, no_tokens, scre_of, settle
 from raise_kernels.token_stats import Partials, partial_stats
 
-MAX_GROUP = 128  # spans of a group: a [128, 128] tile still fits a program's registers
+MAX_GROUP = 64  # spans of a group: the tiles of 128 spill registers (raise_kernels.aot)
 NO_BIN = tl.constexpr(1 << 30)
 
 
@@ -198,6 +198,11 @@ class SpanRewards(NamedTuple):
     applied: Tensor
 
 
+def group_warps(lanes: int) -> int:
+    """Warps of a program whose tiles are [lanes, lanes]."""
+    return 8 if lanes > 32 else 4
+
+
 class _Groups(NamedTuple):
     programs: int
     lanes: int
@@ -300,7 +305,7 @@ def span_rewards(
             BALANCED=igsr_how.variant == "balanced",
             GROUP=groups.lanes,
             BLOCK=256,
-            num_warps=4,
+            num_warps=group_warps(groups.lanes),
         )
     return SpanRewards(real[0], real[1], real[2], real[3], bins, real[4], applied)
 

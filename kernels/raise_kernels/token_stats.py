@@ -41,6 +41,7 @@ from raise_kernels.token_stats_backward import stats_backward
 
 SPLIT = 16384  # columns of one program; a power of two and a multiple of every tile
 ROWS = 64  # rows that one merging program joins
+COLUMNS = 8  # columns of a lane in one tile: rescaling costs an eighth of an exponential per logit
 
 # What each level computes; a level includes those below it.
 LEVELS = (("logp", "lse", "max_logp", "top"), ("entropy", "self_certainty", "count"), ("varentropy", "rank"))
@@ -220,11 +221,10 @@ def level_of(want: Sequence[str]) -> int:
     return max(k for k, names in enumerate(LEVELS) if set(names) & set(want))
 
 
-def lanes(logits: Tensor, level: int) -> tuple[int, int]:
-    """(U, W): columns per lane and lanes of a tile, W such that each thread makes 128-bit loads."""
+def lanes(logits: Tensor) -> int:
+    """Lanes of a tile, such that each thread makes 128-bit loads."""
     threads = WARPS * (64 if torch.version.hip else 32)
-    width = threads * max(16 // logits.element_size(), 1)
-    return (8 if level == 0 else 4), width
+    return threads * (16 // logits.element_size())
 
 
 def partial_stats(
@@ -240,7 +240,6 @@ def partial_stats(
     part = torch.empty(FIELDS[level], splits, count, dtype=torch.float32, device=logits.device)
     z_y = torch.empty(count, dtype=torch.float32, device=logits.device)
     a, b = how.factors
-    tile_u, tile_w = lanes(logits, level)
     _stats_kernel[(splits * count,)](
         logits,
         targets,
@@ -263,8 +262,8 @@ def partial_stats(
         ALIGN=alignment(logits, layout),
         LEVEL=level,
         SPLIT=SPLIT,
-        U=tile_u,
-        W=tile_w,
+        U=COLUMNS,
+        W=lanes(logits),
         num_warps=WARPS,
     )
     return Partials(part, z_y, targets, rows, layout.rows, columns, how.ignore_index, level)

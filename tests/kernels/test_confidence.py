@@ -146,8 +146,8 @@ def test_wrong_arguments() -> None:
         confidence.span_rewards(*case._replace(strict=case.score))
     with pytest.raises(ValueError, match="neither logits nor logp"):
         confidence.confidence_rewards(None, case.group, case.group, None, *case[1:])
-    with pytest.raises(ValueError, match="takes at most 128"):
-        confidence.span_rewards(*groups_of(129, 1), group_size=129)
+    with pytest.raises(ValueError, match="takes at most 64"):
+        confidence.span_rewards(*groups_of(65, 1), group_size=65)
 
 
 def test_plain_is_the_identity() -> None:

@@ -152,7 +152,7 @@ def test_a_group_near_one_has_no_headroom_in_the_paper_form() -> None:
     assert len(reference.igsr(logp, *arguments, Igsr(variant="balanced")).unique()) == 3
 
 
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 128])
+@pytest.mark.parametrize("size", [1, 31, 33, 63, 64])
 def test_large_groups(size: int) -> None:
     logp, offsets = -torch.rand(size), torch.arange(size + 1)
     arguments = (offsets, torch.rand(size), torch.zeros(size, dtype=torch.long))
