@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .data import OnBad
-from .scoring import RewardKind
+OnBad = Literal["skip", "fail"]
+RewardKind = Literal["scre-igsr", "accuracy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class DemoConfig:
     """supervised steps before GRPO"""
     warm_batch: int = 32
     """examples per supervised step"""
-    warm_lr: float = 3e-3
+    warm_lr: float = 2e-3
     grpo_steps: int = 100
     prompts: int = 16
     """prompts per GRPO step"""

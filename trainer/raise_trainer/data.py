@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import raise_core as rc
 
+from .config import OnBad
 from .errors import BadMedia, BadRow, UserError
 
-OnBad = Literal["skip", "fail"]
 PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "OCR", "free-form")
 _STRICT = {"multiple choice", "numerical"}
 

@@ -9,7 +9,7 @@ from typing import Any
 from . import world
 from .clips import write_mp4
 
-KINDS = {"move": 3, "order": 2, "count": 1}  # scenes drawn in this proportion
+KINDS = {"move": 3, "order": 3, "count": 2}  # scenes drawn in this proportion
 # The warm start's errors, fixed beforehand: in a quarter of the examples the chain contradicts the video
 # and the
 # answer follows the chain (wrong); in another quarter the chain contradicts it and the answer is right all

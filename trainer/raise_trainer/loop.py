@@ -127,7 +127,7 @@ def run_grpo(
             log.write(name, step, **figures)
             stage.advance(reward=figures["reward_mean"], acc=figures["accuracy"], match=figures["match"])
             if step % TABLE_EVERY == TABLE_EVERY - 1:
-                _completion_table(log, name, step, rollout, scored, advantage)
+                _completion_table(log, tokenizer, f"{name}, step {step + 1}", rollout, scored, advantage)
             on_step(step)
     return reference
 
@@ -141,7 +141,7 @@ def _judged(rollout: Rollout, scored: Scored) -> dict[str, float]:
 
 
 def _completion_table(
-    log: Logbook, name: str, step: int, rollout: Rollout, scored: Scored, advantage: torch.Tensor
+    log: Logbook, tokenizer: Any, title: str, rollout: Rollout, scored: Scored, advantage: torch.Tensor
 ) -> None:
     """Half of the first prompt's group and half of the second's."""
     g = len(rollout.completions) // len(rollout.prompts)
@@ -149,9 +149,10 @@ def _completion_table(
     for b in [*range(g // 2), *range(g, g + g // 2)]:
         row = rollout.prompts[rollout.owner[b]].row
         figures = (scored.score[b], scored.confidence[b], scored.reward[b], advantage[b])
-        rows.append([row.problem, scored.text[b], *(f"{float(x):.3f}" for x in figures)])
+        text = scored.text[b].removesuffix(tokenizer.eos_token)
+        rows.append([row.problem, text, *(f"{float(x):.2f}" for x in figures)])
     log.table(
-        f"{name}, step {step + 1}",
-        ["prompt", "completion", "text score", "confidence", "reward", "advantage"],
+        title,
+        ["prompt", "completion", "score", "conf.", "reward", "adv."],
         rows,
     )

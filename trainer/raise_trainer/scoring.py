@@ -3,17 +3,16 @@ IGSR."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import raise_core as rc
 
+from .config import RewardKind
 from .forward import forward
 from .rollout import Rollout
-
-RewardKind = Literal["scre-igsr", "accuracy"]
 
 
 @dataclass(frozen=True)
