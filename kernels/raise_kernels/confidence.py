@@ -84,6 +84,29 @@ def _rerank(s, e, member, o_g, tau, penalty, min_bonus, slack, min_spread, BALAN
     return tl.sqrt_rn(square), k, a, applied
 
 
+@triton.jit
+def _whole_block(p_group, o_s, m_s, S, size, BLOCK: tl.constexpr):
+    """Whether the spans o_s of a block are all the spans of one group; only the device knows these ids."""
+    mine = tl.load(p_group + tl.program_id(0) * size).to(tl.int64)
+    inside = tl.load(p_group + o_s, mask=m_s, other=0).to(tl.int64)
+    everywhere = tl.zeros([BLOCK], tl.int32)
+    for i_b in range(0, S, BLOCK):
+        o_b = i_b + tl.arange(0, BLOCK)
+        everywhere += ((tl.load(p_group + o_b, mask=o_b < S, other=0) == mine) & (o_b < S)).to(tl.int32)
+    return (tl.sum((m_s & (inside == mine)).to(tl.int32), 0) == size) & (tl.sum(everywhere, 0) == size)
+
+
+@triton.jit
+def _join_logp(p_part, p_zy, p_y, p_rows, o_t, live, T, N, V, splits, ignore):
+    """Log-probabilities of tokens o_t, joined from their vocabulary splits as `token_stats` does."""
+    y = tl.load(p_y + o_t, mask=live, other=0).to(tl.int64)
+    i_n = tl.load(p_rows + o_t, mask=live, other=0).to(tl.int64)
+    known = live & (y != ignore) & (y >= 0) & (y < V) & (i_n >= 0) & (i_n < N)
+    m, s0, _, _, _, _, _ = merge_partials(p_part, o_t, known, T, splits, 0)
+    logp, _ = finish(m, s0, tl.load(p_zy + o_t, mask=known, other=0.0))
+    return settle(logp, known & (s0 > 0.0), y != ignore)
+
+
 @triton.jit(do_not_specialize=["T", "N", "S", "splits", "ignore", "size", "first"])
 def _group_kernel(
     p_logp,  # [T], read, or written when FROM_SPLITS
@@ -136,14 +159,7 @@ def _group_kernel(
     else:
         m_s = o_g < size
         o_s = tl.program_id(0) * size + tl.where(m_s, o_g, 0)
-        mine = tl.load(p_group + tl.program_id(0) * size).to(tl.int64)
-        # Only the device knows these ids: the group must be these spans, and no others.
-        inside = tl.load(p_group + o_s, mask=m_s, other=0).to(tl.int64)
-        others = tl.zeros([BLOCK], tl.int32)
-        for i_b in range(0, S, BLOCK):
-            o_b = i_b + tl.arange(0, BLOCK)
-            others += ((tl.load(p_group + o_b, mask=o_b < S, other=0) == mine) & (o_b < S)).to(tl.int32)
-        whole = (tl.sum((m_s & (inside == mine)).to(tl.int32), 0) == size) & (tl.sum(others, 0) == size)
+        whole = _whole_block(p_group, o_s, m_s, S, size, BLOCK)
 
     lo = tl.load(p_off + o_s, mask=m_s, other=0).to(tl.int64)
     hi = tl.load(p_off + o_s + 1, mask=m_s, other=0).to(tl.int64)
@@ -154,12 +170,7 @@ def _group_kernel(
         live = j < n
         o_t = lo + j
         if FROM_SPLITS:
-            y = tl.load(p_y + o_t, mask=live, other=0).to(tl.int64)
-            i_n = tl.load(p_rows + o_t, mask=live, other=0).to(tl.int64)
-            known = live & (y != ignore) & (y >= 0) & (y < V) & (i_n >= 0) & (i_n < N)
-            m, s0, _, _, _, _, _ = merge_partials(p_part, o_t, known, T, splits, 0)
-            logp, _ = finish(m, s0, tl.load(p_zy + o_t, mask=known, other=0.0))
-            logp = settle(logp, known & (s0 > 0.0), y != ignore)
+            logp = _join_logp(p_part, p_zy, p_y, p_rows, o_t, live, T, N, V, splits, ignore)
             tl.store(p_logp + o_t, logp, mask=live)
         else:
             logp = tl.load(p_logp + o_t, mask=live, other=0.0).to(tl.float32)
