@@ -66,8 +66,9 @@ def policy_loss(
         ranks. 0 counts as 1.
     max_length: longest allowed completion in tokens, needed by "dr_grpo".
     kl: weight of the KL penalty; needs `logp_ref`. With `logp_ref` and `kl=0` the KL is only reported.
-    Log ratios are clamped at ±20 nats, where the gradient is then 0: exp stays finite and 0 * inf cannot
-    arise. fp32 arithmetic (fp64 if `logp` is). Raises ValueError / TypeError naming the argument.
+    Log ratios under an exp (the ratio, and k3) are clamped at ±20 nats, where the gradient is then 0: exp
+    stays finite and 0 * inf cannot arise. fp32 arithmetic (fp64 if `logp` is). Raises ValueError / TypeError
+    naming the argument.
     """
     _check(logp, logp_old, advantage, offsets, logp_ref)
     _check_options(kind, kl, kl_estimator, eps_low, eps_high, logp_ref, max_length)
@@ -78,14 +79,14 @@ def policy_loss(
     log_ratio = new - logp_old.detach().to(dtype)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     per_token = -torch.minimum(ratio * a, ratio.clamp(1.0 - eps_low, 1.0 + eps_high) * a)
-    tokens = _count(num_tokens, logp.device, dtype)
+    tokens = _count("num_tokens", num_tokens, logp.device, dtype)
     metrics = _metrics(ratio.detach(), a, eps_low, eps_high, tokens)
     if logp_ref is not None:
         estimate = _kl(new, logp_ref.detach().to(dtype), kl_estimator)
         metrics["kl"] = estimate.detach().sum() / tokens
         if kl:
             per_token = per_token + kl * estimate
-    sequences = _count(num_sequences, logp.device, dtype)
+    sequences = _count("num_sequences", num_sequences, logp.device, dtype)
     if kind == "grpo":
         lengths = (offsets[1:] - offsets[:-1]).to(dtype)
         loss = (per_token / lengths[owner]).sum() / sequences
@@ -141,14 +142,12 @@ def _metrics(ratio: Tensor, a: Tensor, eps_low: float, eps_high: float, tokens: 
     }
 
 
-def _count(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _count(name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Tensor):
         count = value.detach().to(device, dtype)
         return torch.where(count == 0, torch.ones_like(count), count)
     if not 0 <= value < float("inf"):
-        raise ValueError(
-            f"num_tokens / num_sequences: got {value}, wanted a count of the whole optimiser step"
-        )
+        raise ValueError(f"{name}: got {value}, wanted a count of the whole optimiser step, 0 or more")
     return torch.full((), value or 1, device=device, dtype=dtype)
 
 
@@ -190,9 +189,11 @@ def _check_options(
         raise ValueError(f"kind: got {kind!r}, wanted 'grpo', 'dapo' or 'dr_grpo'")
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"kl_estimator: got {kl_estimator!r}, wanted 'k1', 'k2' or 'k3'")
+    if not 0.0 <= kl < float("inf"):
+        raise ValueError(f"kl: got {kl}, wanted a finite weight, 0 or more; 0 only reports the KL")
     if kl and logp_ref is None:
         raise ValueError(f"kl: got {kl} without logp_ref; pass the reference's log-probabilities or kl=0.0")
-    if not 0.0 <= eps_low <= 1.0 or eps_high < 0.0:
+    if not 0.0 <= eps_low <= 1.0 or not eps_high >= 0.0:
         raise ValueError(
             f"eps_low, eps_high: got {eps_low}, {eps_high}, wanted eps_low in [0, 1], eps_high >= 0"
         )
