@@ -1,8 +1,8 @@
 """Rule-based checks of an answer against its solution, each in [0, 1]: Video-R1's five kinds of question.
 
 The answer is the stripped text inside the last complete `<answer>…</answer>` of the completion
-(raise_core/tags.py, the same rule as for spans); without one the score is 0. Rules per kind are in
-raise_core/graders.py.
+(raise_core/tags.py, the same rule as for spans; Video-R1 takes the first); without one the score is 0. Rules
+per kind are in raise_core/graders.py.
 """
 
 from __future__ import annotations
