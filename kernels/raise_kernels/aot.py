@@ -1,10 +1,10 @@
 """Compile every kernel variant for every target on a machine without a GPU, and refuse what would run badly.
 
-    python -m raise_kernels.aot [--target sm_90 ...] [--quick] [--json FILE]
+    python -m raise_kernels.aot [--target sm_90 ...] [--quick] [--only TEXT] [--json FILE]
 
 Prints a table and exits with 1 when a variant does not compile, spills registers, exceeds the target's shared
-memory (LDS), or, where rows of logits are streamed, lacks 128-bit loads or needs more than 1.15 exponentials
-a logit for logp alone. Counts are read from PTX and ptxas (NVIDIA) and from the AMDGCN assembly.
+memory (LDS), or, where rows of logits are streamed, reads them by less than 128 bits or needs more than 1.15
+exponentials a logit for logp alone. Counts are read from PTX and ptxas (NVIDIA) and from the AMDGCN assembly.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -90,13 +90,13 @@ def variants(target: Target, quick: bool) -> Iterator[Variant]:
     for dtype, level, capped, rows in itertools.product(dtypes, range(3), flags, flags):
         if quick and (capped or not rows):
             continue
-        wide = 16 // ITEM[dtype]
+        u, w = token_stats.tile(target.gpu.warp_size, level, ITEM[dtype])
         constants = dict(
-            stride_v=1, HAS_ROWS=rows, CAPPED=capped, UNIT=True, ALIGN=wide, LEVEL=level,
-            SPLIT=token_stats.SPLIT, U=token_stats.COLUMNS, W=threads * wide,
+            stride_v=1, HAS_ROWS=rows, CAPPED=capped, UNIT=True, ALIGN=16 // ITEM[dtype], LEVEL=level,
+            SPLIT=token_stats.SPLIT, U=u, W=w,
         )  # fmt: skip
         name = f"stats {dtype} level {level}{' capped' * capped}{' rows' * rows}"
-        streamed = token_stats.COLUMNS * wide
+        streamed = u * w // threads
         kernel = token_stats._stats_kernel
         yield Variant(
             name, kernel, constants, {"p_x": f"*{dtype}"}, WARPS, streamed, level == 0 and not capped
@@ -159,19 +159,29 @@ def inspect(variant: Variant, target_name: str) -> Report:
         _read_ptx(compiled.asm["ptx"], target, report)
     else:
         _read_amdgcn(compiled.asm["amdgcn"], report)
-    if report.spills:
-        report.faults.append(f"{report.spills} bytes or registers spilled")
-    if report.shared > target.shared_limit:
-        report.faults.append(f"{report.shared} bytes of shared memory, the limit is {target.shared_limit}")
-    if variant.warps * target.gpu.warp_size > target.max_threads:
-        report.faults.append(f"{variant.warps} warps exceed {target.max_threads} threads")
-    if variant.streamed and not report.wide_loads:
-        report.faults.append("no 128-bit loads")
-    # Two tiles (the loop's and the tail's) and one rescaling of the lanes at the end.
-    allowed = EX2_PER_LOGIT * 2 * variant.streamed + variant.streamed / token_stats.COLUMNS
-    if variant.logp_only and report.exponentials > allowed:
-        report.faults.append(f"{report.exponentials} exponentials for {2 * variant.streamed} logits")
+    report.faults = faults(variant, target, report)
     return report
+
+
+def faults(variant: Variant, target: Target, report: Report) -> list[str]:
+    """What forbids launching a variant with the counts of `report` on `target`; empty when nothing does."""
+    found = []
+    if report.spills:
+        found.append(f"{report.spills} bytes or registers spilled")
+    if report.shared > target.shared_limit:
+        found.append(f"{report.shared} bytes of shared memory, the limit is {target.shared_limit}")
+    if variant.warps * target.gpu.warp_size > target.max_threads:
+        found.append(f"{variant.warps} warps exceed {target.max_threads} threads")
+    if variant.streamed:
+        wanted = variant.streamed * ITEM[variant.types["p_x"][1:]] // 16
+        if report.wide_loads < wanted:
+            found.append(f"{report.wide_loads} 128-bit loads, a tile has {wanted}")
+    if variant.logp_only:
+        # Two tiles (the loop's and the tail's) and one rescaling of the lanes at the end.
+        allowed = EX2_PER_LOGIT * 2 * variant.streamed + variant.streamed / variant.constants["U"]
+        if report.exponentials > allowed:
+            found.append(f"{report.exponentials} exponentials for {2 * variant.streamed} logits")
+    return found
 
 
 def _read_ptx(ptx: str, target: Target, report: Report) -> None:
@@ -208,6 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m raise_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="bf16 and the common flags only")
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name contains this")
     parser.add_argument("--json", type=Path, help="write the reports to this file, one JSON object a line")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
@@ -216,12 +227,16 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'target':8}{'variant':44}{'regs':>5}{'spill':>6}{'shared':>8}{'128-bit':>8}{'exp2':>6}")
     for name in options.target or TARGETS:
         for variant in variants(TARGETS[name], options.quick):
+            if options.only not in variant.name:
+                continue
             r = inspect(variant, name)
             reports.append(r)
             numbers = f"{r.registers:5}{r.spills:6}{r.shared:8}{r.wide_loads:8}{r.exponentials:6}"
             print(f"{r.target:8}{r.variant:44}{numbers}  {'; '.join(r.faults)}", flush=True)
     if options.json:
         options.json.write_text("".join(json.dumps(asdict(r)) + "\n" for r in reports))
+    if not reports:
+        parser.error(f"no variant is called {options.only!r}; leave --only out to see them all")
     bad = sum(bool(r.faults) for r in reports)
     print(f"{len(reports)} variants, {bad} refused")
     return 1 if bad else 0

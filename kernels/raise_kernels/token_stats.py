@@ -41,7 +41,9 @@ from raise_kernels.token_stats_backward import stats_backward
 
 SPLIT = 16384  # columns of one program; a power of two and a multiple of every tile
 ROWS = 64  # rows that one merging program joins
-COLUMNS = 8  # columns of a lane in one tile: rescaling costs an eighth of an exponential per logit
+# Columns of a lane in one tile, by threads of a warp and level. More of them share the exponential of one
+# rescaling and need more registers: of gfx9's scalar ones two for each column that is tested for a mask.
+COLUMNS = {32: (8, 8, 4), 64: (8, 2, 2)}
 
 # What each level computes; a level includes those below it.
 LEVELS = (("logp", "lse", "max_logp", "top"), ("entropy", "self_certainty", "count"), ("varentropy", "rank"))
@@ -221,10 +223,9 @@ def level_of(want: Sequence[str]) -> int:
     return max(k for k, names in enumerate(LEVELS) if set(names) & set(want))
 
 
-def lanes(logits: Tensor) -> int:
-    """Lanes of a tile, such that each thread makes 128-bit loads."""
-    threads = WARPS * (64 if torch.version.hip else 32)
-    return threads * (16 // logits.element_size())
+def tile(warp_size: int, level: int, item: int) -> tuple[int, int]:
+    """(U, W) of a tile of logits of `item` bytes, such that each thread makes 128-bit loads."""
+    return COLUMNS[warp_size][level], WARPS * warp_size * (16 // item)
 
 
 def partial_stats(
@@ -240,6 +241,7 @@ def partial_stats(
     part = torch.empty(FIELDS[level], splits, count, dtype=torch.float32, device=logits.device)
     z_y = torch.empty(count, dtype=torch.float32, device=logits.device)
     a, b = how.factors
+    u, w = tile(64 if torch.version.hip else 32, level, logits.element_size())
     _stats_kernel[(splits * count,)](
         logits,
         targets,
@@ -262,8 +264,8 @@ def partial_stats(
         ALIGN=alignment(logits, layout),
         LEVEL=level,
         SPLIT=SPLIT,
-        U=COLUMNS,
-        W=lanes(logits),
+        U=u,
+        W=w,
         num_warps=WARPS,
     )
     return Partials(part, z_y, targets, rows, layout.rows, columns, how.ignore_index, level)
