@@ -4,7 +4,7 @@
 
     warm start      where all begin
     more sft        supervised steps, as many as cost the floating-point operations of the GRPO run
-    grpo 0/1        GRPO with the text score as reward
+    grpo accuracy   GRPO with the text score as reward: 0 or 1 on strict rows, ROUGE on open ones
     grpo scre-igsr  GRPO with confidence rewards
 
 Everything else is the default configuration of `raise-core demo`, and the arms of a seed share data, warm
@@ -16,11 +16,14 @@ import argparse
 import copy
 import json
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.record import RESULTS, provenance
@@ -39,12 +42,14 @@ SHOWN = (
     "accuracy_strict",
     "accuracy_open",
 )
+TRAINING = ("scre_differs_share", "igsr_bonus_share", "igsr_no_effect_share", "equal_groups_share")
 COUNTED_STEPS = 3  # steps whose operations are counted
 
 
 def operations(work: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products in `work`."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of the matrix products in `work`, attention included."""
+    # only the plain implementation of attention is made of operations that the counter knows on a CPU
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
 
@@ -75,21 +80,20 @@ def run_seed(seed: int, config: DemoConfig) -> list[dict[str, Any]]:
         model = warm_start(data, config, log)
         records = [record(seed, "warm start", model, data, config, log)]
         steps = equal_sft_steps(model, data, config)
-        more = copy.deepcopy(model)
+        more, begun = copy.deepcopy(model), time.monotonic()
         run_sft(more, data.supervised, config, log, name="more sft", steps=steps)
-        records.append(record(seed, "more sft", more, data, config, log) | {"sft_steps": steps})
-        for reward, arm in (("accuracy", "grpo 0/1"), ("scre-igsr", "grpo scre-igsr")):
+        spent = {"sft_steps": steps, "seconds": time.monotonic() - begun}
+        records.append(record(seed, "more sft", more, data, config, log) | spent)
+        for reward, arm in (("accuracy", "grpo accuracy"), ("scre-igsr", "grpo scre-igsr")):
             trained, chosen = copy.deepcopy(model), replace(config, reward=reward)
-            first = len(log.records)
+            first, begun = len(log.records), time.monotonic()
             run_grpo(
                 trained, data.train, data.processor.tokenizer, chosen, log, name=arm, sampling=data.sampling
             )
+            spent = {"seconds": time.monotonic() - begun}
             steps_log = log.records[first:]
-            means = {
-                key: sum(r[key] for r in steps_log) / len(steps_log)
-                for key in ("scre_differs_share", "igsr_bonus_share", "equal_groups_share")
-            }
-            records.append(record(seed, arm, trained, data, chosen, log) | means)
+            means = {key: sum(r[key] for r in steps_log) / len(steps_log) for key in TRAINING}
+            records.append(record(seed, arm, trained, data, chosen, log) | means | spent)
         return records
 
 
@@ -100,7 +104,7 @@ def record(
     figures = summary(held_out(model, data, config, log, arm))
     written = log.records[-1]
     greedy = {key: written[key] for key in ("accuracy_greedy", "match_greedy")}
-    return {"seed": seed, "arm": arm, **figures, **greedy, "questions": len(data.test)} | provenance()
+    return {"seed": seed, "arm": arm, **figures, **greedy, "questions": len(data.test)}
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -120,7 +124,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
                 cell += f" ({mean:+.3f}; {min(change):+.3f} to {max(change):+.3f})"
             cells.append(cell)
         lines.append(f"| {key.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    for key in ("scre_differs_share", "igsr_bonus_share", "equal_groups_share"):
+    for key in (*TRAINING, "seconds"):
         cells = []
         for arm in arms:
             values = [by[arm, s][key] for s in seeds if key in by[arm, s]]
@@ -136,9 +140,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=DemoConfig.threads)
     parser.add_argument("--smoke", action="store_true", help="sizes of seconds; nothing is written")
     chosen = parser.parse_args(arguments)
+    RESULTS.mkdir(exist_ok=True)
+    torch.set_num_threads(chosen.threads)
+    made_from = provenance()
     records: list[dict[str, Any]] = []
     for seed in chosen.seeds:
-        some = run_seed(seed, DemoConfig(threads=chosen.threads, smoke=chosen.smoke))
+        made = run_seed(seed, DemoConfig(threads=chosen.threads, smoke=chosen.smoke))
+        some = [record | made_from for record in made]
         records += some
         if not chosen.smoke:
             with (RESULTS / "arms.jsonl").open("a", encoding="utf-8") as file:

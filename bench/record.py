@@ -13,7 +13,7 @@ RESULTS = Path(__file__).with_name("results")
 def provenance() -> dict[str, Any]:
     """Commit, whether the tree was dirty, versions, processor and threads."""
     root = Path(__file__).parent
-    dirty = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+    dirty = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)bench/results")
     return {
         "commit": _git(root, "rev-parse", "HEAD"),
         "dirty": bool(dirty),

@@ -66,16 +66,18 @@ class Rewards:
     def metrics(self) -> dict[str, Tensor]:
         """Shares over the open-ended rows that are in a bin; 0-d tensors, NaN when there are none.
 
-        bonus_share: rows that were given a bonus. no_effect_share: groups in which no row was given a bonus
-        other than 0, so that confidence changed nothing.
+        bonus_share: rows whose bonus was given and is above 0. no_effect_share: groups in which every bin
+        gives all its rows one reward, so that confidence changed nothing.
         """
-        member = self.parts["bin"] >= 0
-        given = self.parts["is_bonus"] & member
-        moved = given & (self.parts["bonus"] != 0)
+        bins = self.parts["bin"]
+        member = bins >= 0
+        given = self.parts["is_bonus"] & member & (self.parts["bonus"] > 0)
+        same = (self.parts["group"][:, None] == self.parts["group"][None, :]) & member[None, :]
+        apart = (bins[:, None] == bins[None, :]) & (self.reward[:, None] != self.reward[None, :])
+        changed = member & (same & apart).any(1)
         # A group's first member stands for it, so that nothing depends on the number of groups.
-        same = self.parts["group"][:, None] == self.parts["group"][None, :]
-        first = member & ~(same & member[None, :]).tril(-1).any(1)
-        still = first & ~(same & moved[None, :]).any(1)
+        first = member & ~same.tril(-1).any(1)
+        still = first & ~(same & changed[None, :]).any(1)
         return {
             "bonus_share": given.sum() / member.sum(),
             "no_effect_share": still.sum() / first.sum(),

@@ -19,24 +19,26 @@ CHAIN_ALONE_WRONG = 0.25
 
 
 def write_dataset(
-    root: Path, *, train_videos: int, test_videos: int, seed: int, advance: Callable[[int], None]
+    root: Path, *, train_videos: int, test_questions: int, seed: int, advance: Callable[[int], None]
 ) -> None:
     """Write `clips/*.mp4`, `sft.json` (chains and answers, some wrong), `train.json` and `test.json`
     (solutions)."""
     (root / "clips").mkdir(parents=True)
     rng = random.Random(seed)
     rows: dict[str, list[dict[str, Any]]] = {"sft": [], "train": [], "test": []}
-    for v in range(train_videos + test_videos):
-        split = "train" if v < train_videos else "test"
+    video = 0
+    while len(rows["test"]) < test_questions:
+        split = "train" if video < train_videos else "test"
         scene = world.draw_scene(rng, rng.choices(list(KINDS), list(KINDS.values()))[0])
-        name = f"./clips/{split}-{v:05d}.mp4"
+        name = f"./clips/{split}-{video:05d}.mp4"
         write_mp4(root / name, world.render(scene), world.FPS)
         for task in world.TASKS_OF[scene.kind]:
             number = len(rows["train"]) + len(rows["test"])
             rows[split].append(_row(rng, scene, task, name, number))
             if split == "train":
                 rows["sft"].append(rows[split][-1] | _noisy(rng, scene, task))
-        advance(1)
+        video += 1
+        advance(1 if split == "train" else len(world.TASKS_OF[scene.kind]))
     for name, some in rows.items():
         (root / f"{name}.json").write_text(json.dumps(some, indent=0), encoding="utf-8")
 

@@ -22,7 +22,7 @@ from .prompts import Prompt, PromptBuilder, target_ids
 from .report import write_report
 
 SMOKE = {
-    "train_videos": 24, "test_videos": 10, "warm_steps": 4, "warm_batch": 4,
+    "train_videos": 24, "test_questions": 24, "warm_steps": 4, "warm_batch": 4,
     "grpo_steps": 3, "prompts": 3, "group_size": 4, "eval_samples": 2,
 }  # fmt: skip
 
@@ -61,12 +61,11 @@ def prepare(config: DemoConfig, log: Logbook) -> Prepared:
     """Write (or open) the data folder, check every row, decode every video once."""
     root = config.data or config.out / "data"
     if config.data is None:
-        videos = config.train_videos + config.test_videos
-        with log.stage("write videos", videos) as stage:
+        with log.stage("write videos", config.train_videos + config.test_questions) as stage:
             write_dataset(
                 root,
                 train_videos=config.train_videos,
-                test_videos=config.test_videos,
+                test_questions=config.test_questions,
                 seed=config.seed,
                 advance=stage.advance,
             )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import raise_core as rc
+from raise_core.tags import answer_in, last_pair
 
 from . import world
 from .data import Row
@@ -31,22 +32,17 @@ class Answered:
 
 
 def judge(row: Row, text: str) -> tuple[bool, bool]:
-    """(right, match) of a completion."""
-    task = row.data_source.split("/")[-1]
-    answer = _inside(text, "<answer>", "</answer>")
+    """(right, match) of a completion; the chain is the last one before the answer."""
+    task = world.task_of(row.data_source)
+    answer = answer_in(text)[0]
+    bounds = last_pair(text)
+    chain = answer_in(text[: bounds[0]], "<think>", "</think>")[0] if bounds else ""
     if row.strict:
         right = row.text_score(text) == 1.0
     else:
-        truth = world.answer_claim(task, _inside(row.solution, "<answer>", "</answer>"), ())
+        truth = world.answer_claim(task, answer_in(row.solution)[0], ())
         right = answer != "" and world.answer_claim(task, answer, ()) == truth
-    return right, world.answer_follows_chain(task, _inside(text, "<think>", "</think>"), answer, row.options)
-
-
-def _inside(text: str, open_tag: str, close_tag: str) -> str:
-    """The text inside the last complete pair, or ""."""
-    head, closed, _ = text.rpartition(close_tag)
-    _, opened, inside = head.rpartition(open_tag)
-    return inside.strip() if closed and opened else ""
+    return right, world.answer_follows_chain(task, chain, answer, row.options)
 
 
 def evaluate(

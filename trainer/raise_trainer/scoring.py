@@ -55,16 +55,18 @@ def score(rollout: Rollout, reference: Any, tokenizer: Any, *, group_size: int, 
         spans, text_score.to(logits.device), strict.to(logits.device), logits=logits, group_size=group_size
     )
     reward, confidence = got.reward.cpu(), got.confidence.cpu()
-    right = strict & (text_score > 0) & (spans.lengths.cpu() > 0)
+    answered = strict & (spans.lengths.cpu() > 0)
     plain = rc.scre(got.parts["logp"], spans.offsets, eta=0.0, lam=0.0, first_index=0).cpu()  # Π p
+    shares = got.metrics()
     metrics = {
         "reward_mean": float(reward.mean() if kind == "scre-igsr" else text_score.mean()),
         "text_score_mean": float(text_score.mean()),
         "confidence_mean": float(confidence.mean()),
         "completion_tokens_mean": sum(map(len, rollout.completions)) / len(rollout.completions),
         "answer_missing_share": sum(f.reason is not None for f in found) / len(found),
-        "scre_differs_share": _share((reward - plain).abs()[right] > 0.01),
-        "igsr_bonus_share": _share(got.parts["is_bonus"].cpu()[~strict & (got.parts["bin"].cpu() >= 0)]),
+        "scre_differs_share": _share((confidence - plain).abs()[answered] > 0.01),
+        "igsr_bonus_share": _number(shares["bonus_share"]),
+        "igsr_no_effect_share": _number(shares["no_effect_share"]),
     }
     return Scored(
         text,
@@ -75,6 +77,11 @@ def score(rollout: Rollout, reference: Any, tokenizer: Any, *, group_size: int, 
         rc.token_stats(logits, targets).logp.cpu(),
         metrics,
     )
+
+
+def _number(value: Tensor) -> float:
+    """The value; 0 when there was nothing to count."""
+    return 0.0 if bool(value.isnan()) else float(value)
 
 
 def _share(flags: Tensor) -> float:

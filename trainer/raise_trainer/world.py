@@ -248,17 +248,26 @@ _CHAIN_PATTERN = {
 _WORDS = {word: i for i, words in enumerate((COLOURS, SHAPES, DIRECTIONS)) for word in words}
 
 
+def task_of(data_source: str) -> str:
+    """The task a row's `data_source` names, "demo/colour" for example.  ValueError if it is none of ours."""
+    head, _, task = data_source.partition("/")
+    if head != "demo" or task not in TASKS:
+        raise ValueError(f"data_source {data_source!r}, expected 'demo/' and one of {', '.join(TASKS)}")
+    return task
+
+
 def chain_claim(task: str, chain: str) -> tuple[str, ...] | None:
     """The claim a chain of thought states, or None when it states none."""
     found = _CHAIN_PATTERN[task].fullmatch(chain.strip())
-    return found.groups() if found else None
+    return tuple(map(_plain, found.groups())) if found else None
 
 
 def answer_claim(task: str, answer: str, options: Sequence[str]) -> tuple[str, ...] | None:
     """The claim an answer makes, or None when it makes none.
 
-    A multiple-choice answer must be one of the options as written: a letter with another option's text
-    claims nothing.  A description claims the one colour, shape and direction it names.
+    A multiple-choice answer is one of the options as written, or its letter alone: a letter with another
+    option's text claims nothing.  Numbers are compared by value.  A description claims the one colour,
+    shape and direction it names.
     """
     answer = answer.strip()
     if task == "describe":
@@ -268,8 +277,17 @@ def answer_claim(task: str, answer: str, options: Sequence[str]) -> tuple[str, .
                 named[_WORDS[word]].add(word)
         return tuple(next(iter(words)) for words in named) if all(len(w) == 1 for w in named) else None
     if options:
-        return (answer.split(". ", 1)[1],) if answer in options else None
-    return (answer,) if answer else None
+        chosen = [option for option in options if answer in (option, option[0])]
+        return (chosen[0].split(". ", 1)[1],) if chosen else None
+    return (_plain(answer),) if answer else None
+
+
+def _plain(word: str) -> str:
+    """A number in one spelling ("1" for "1.0"); any other word as it is."""
+    try:
+        return f"{float(word):g}"
+    except ValueError:
+        return word
 
 
 def answer_follows_chain(task: str, chain: str, answer: str, options: Sequence[str]) -> bool:
