@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from raise_kernels._checks import PLAIN, LogitMap, check_index, check_want
+from raise_kernels.native import block_rows
 
-ROWS = 32  # rows whose logits exist at one time
+ROWS = 32  # rows whose logits exist at one time, or more of a small vocabulary
 COLUMNS = 8192  # vocabulary rows that are widened to fp32 at one time
 
 
@@ -67,15 +68,16 @@ def linear_token_stats(
     y = torch.where(inside | (y == how.ignore_index), y, vocab if vocab != how.ignore_index else -1)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     out = {name: torch.empty(len(y), dtype=wide, device=y.device) for name in names}
-    buffer = torch.empty(min(ROWS, len(y)), vocab, dtype=wide, device=y.device)
+    size = max(ROWS, block_rows(vocab))
+    buffer = torch.empty(min(size, len(y)), vocab, dtype=wide, device=y.device)
     cut = LogitMap(
         temperature=how.temperature,
         logit_scale=how.logit_scale,
         softcap=how.softcap,
         ignore_index=how.ignore_index,
     )
-    for start in range(0, len(y), ROWS):
-        chunk = slice(start, start + ROWS)
+    for start in range(0, len(y), size):
+        chunk = slice(start, start + size)
         h = flat[torch.where(inside, n, 0)[chunk]].to(wide)
         logits = buffer[: len(h)]
         for column in range(0, vocab, COLUMNS):

@@ -3,15 +3,15 @@
     log p = log_softmax(z)    entropy = -sum p * log p    self_certainty = -mean log p - log V'
 
 Rows pass in blocks through scratch that is allocated once per call. A row gives the same bits alone and in
-any batch, because PyTorch's log_softmax takes whole rows; its transcendental functions are called row by row,
-since they round differently at the end of what one call covers; and its sums run over at least two rows,
-since it would cut up a single one among threads.
+any batch. PyTorch's log_softmax takes whole rows. Its transcendental functions round differently at the end
+of what one thread covers of a call, so they get rows of whole vectors: one row, or few enough elements for
+one thread. Its sums run over at least two rows, since it would cut up a single one among threads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,43 +19,80 @@ from torch import Tensor
 from raise_kernels._backward import Coefficients, Engine, Normaliser, run
 from raise_kernels._checks import PLAIN, LogitMap, check_stats, check_want
 
-BLOCK = 4  # rows in flight; docs/kernels.md has the measurement
+BLOCK = 4 * 151936  # elements in flight, unless that is fewer than 4 or more than MOST_ROWS rows
+MOST_ROWS = 256
+CALL = (
+    16384  # elements of several rows that one call may cover: half of what PyTorch starts a second thread for
+)
+VECTOR = 64  # elements; a multiple of what any of PyTorch's vector loops takes at a time
 LOG2_E = math.log2(math.e)  # exp(x) is computed as 2^(x log2 e): PyTorch's exp2 costs a third of its exp
 INF = math.inf
 
 
+def block_rows(columns: int) -> int:
+    """Rows in flight, by the vocabulary alone; docs/kernels.md has the measurement."""
+    return min(max(BLOCK // columns, 4), MOST_ROWS)
+
+
 class Block:
-    """Scratch [buffers, BLOCK + 1, columns] for `BLOCK` rows; buffer 0 holds z when it must be made."""
+    """Scratch [buffers, rows + 1, columns] for `rows` rows; buffer 0 holds z when it must be made."""
 
     def __init__(self, logits: Tensor, how: LogitMap, buffers: int) -> None:
         self.columns = how.columns(logits.shape[-1])
+        self.rows = block_rows(self.columns)
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         # One row more than is filled: a sum over a single row would be split among threads.
-        self.scratch = torch.zeros(buffers, BLOCK + 1, self.columns, dtype=self.dtype)
-        self.logits = logits
+        width = -(-self.columns // VECTOR) * VECTOR
+        self.scratch = torch.zeros(buffers, self.rows + 1, width, dtype=self.dtype)
+        self.logits = (logits if logits.dim() > 1 else logits[None])[..., : self.columns]
         self.how = how
 
-    def load(self, rows: list[int]) -> Tensor:
+    def plain(self, k: int) -> Tensor:
+        """Buffer k as contiguous rows [rows + 1, columns], as log_softmax wants them."""
+        return self.scratch[k].view(-1)[: (self.rows + 1) * self.columns].view(-1, self.columns)
+
+    def apply(self, function: Callable[[Tensor], Tensor], k: int, count: int) -> Tensor:
+        """Buffer k [rows + 1, columns] after an in-place function of its first `count` rows."""
+        width = self.scratch.shape[-1]
+        for part in torch.split(self.scratch[k, :count], max(CALL // width, 1)):
+            function(part.view(-1))
+        return self.scratch[k, :, : self.columns]
+
+    def exp(self, x: Tensor, k: int) -> Tensor:
+        """e^x for rows x [r, columns] in buffer k, which is returned as [rows + 1, columns]."""
+        torch.mul(x, LOG2_E, out=self.scratch[k, : len(x), : self.columns])
+        return self.apply(Tensor.exp2_, k, len(x))
+
+    def load(self, rows: Tensor) -> Tensor:
         """z [len(rows), columns]: a view of the logits where they are z already, else buffer 0."""
         a, b = self.how.factors
-        adjacent = rows == list(range(rows[0], rows[0] + len(rows)))
-        z = self.scratch[0, : len(rows)]
-        if self.logits.dtype == self.dtype and self.logits.dim() == 2 and adjacent:
-            x = self.logits[rows[0] : rows[0] + len(rows), : self.columns]
-            if a == 1.0 and self.how.softcap is None:
-                return x
-            torch.mul(x, a, out=z)
+        near = adjacent(rows, self.logits)
+        if near is not None and near.dtype == self.dtype and a == 1.0 and self.how.softcap is None:
+            return near
+        capped = self.how.softcap is not None
+        z = (self.scratch[0, :, : self.columns] if capped else self.plain(0))[: len(rows)]
+        if near is not None:
+            z.copy_(near)
+        elif self.columns < CALL:
+            z.copy_(self.logits[torch.unravel_index(rows, self.logits.shape[:-1])])
         else:
-            for k, n in enumerate(rows):
-                z[k].copy_(row_view(self.logits, n)[: self.columns])
-            if a != 1.0:
-                z.mul_(a)
-        if self.how.softcap is not None:
+            for k, n in enumerate(rows.tolist()):
+                z[k].copy_(row_view(self.logits, n))
+        if a != 1.0:
+            z.mul_(a)
+        if capped:
             masked = z == -INF
-            for row in z:
-                row.tanh_()
+            self.apply(Tensor.tanh_, 0, len(rows))
             z.mul_(b).masked_fill_(masked, -INF)
         return z
+
+
+def adjacent(rows: Tensor, x: Tensor) -> Tensor | None:
+    """The rows of x [N, columns] as a view, when x is that and they follow each other."""
+    first, count = int(rows[0]), len(rows)
+    if x.dim() != 2 or not torch.equal(rows, torch.arange(first, first + count)):
+        return None
+    return x[first : first + count]
 
 
 def row_view(x: Tensor, n: int) -> Tensor:
@@ -67,24 +104,16 @@ def row_view(x: Tensor, n: int) -> Tensor:
     return x[tuple(index)]
 
 
-def _blocks(rows: Tensor | None, keep: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
-    """(tokens, row numbers) of at most BLOCK kept tokens at a time."""
-    for tokens in torch.split(keep.nonzero()[:, 0], BLOCK):
+def _blocks(rows: Tensor | None, keep: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens, row numbers) of at most `size` kept tokens at a time."""
+    for tokens in torch.split(keep.nonzero()[:, 0], size):
         if len(tokens):
-            yield tokens, (tokens if rows is None else rows[tokens]).tolist()
+            yield tokens, tokens if rows is None else rows[tokens]
 
 
 def _total(buffer: Tensor, r: int) -> Tensor:
     """Sum over the columns of the first r rows of a scratch buffer."""
     return buffer[: r + 1].sum(-1)[:r]
-
-
-def _exp(x: Tensor, out: Tensor) -> Tensor:
-    """e^x for rows x [r, columns] into out, which may be x."""
-    torch.mul(x, LOG2_E, out=out)
-    for row in out:
-        row.exp2_()
-    return out
 
 
 def stats_forward(
@@ -99,16 +128,15 @@ def stats_forward(
     if rows is not None:
         known &= (rows >= 0) & (rows < logits.shape[:-1].numel())
     out = {name: torch.where(scored, math.nan, 0.0).to(block.dtype) for name in names}
-    for tokens, numbers in _blocks(rows, known):
-        part = _block_stats(block.load(numbers), y[tokens], block.scratch[1:], names, topk)
+    for tokens, numbers in _blocks(rows, known, block.rows):
+        part = _block_stats(block, block.load(numbers), y[tokens], names, topk)
         for name in names:
             out[name][tokens] = part[name]
     return out
 
 
-def _block_stats(z: Tensor, y: Tensor, scratch: Tensor, names: Sequence[str], topk: int) -> dict[str, Tensor]:
-    r = len(z)
-    log_p = torch.log_softmax(z, -1, out=scratch[0, :r])
+def _block_stats(block: Block, z: Tensor, y: Tensor, names: Sequence[str], topk: int) -> dict[str, Tensor]:
+    log_p = torch.log_softmax(z, -1, out=block.plain(1)[: len(z)])
     chosen = log_p.gather(1, y[:, None])[:, 0]
     part = {"logp": chosen}
     # NaN, +inf, or no unmasked column makes all of a row's log p NaN.
@@ -124,29 +152,27 @@ def _block_stats(z: Tensor, y: Tensor, scratch: Tensor, names: Sequence[str], to
         best = log_p.topk(min(topk, z.shape[-1]), -1).values
         kept = best > -INF
         part["topk_logp_mean"] = best.masked_fill_(~kept, 0.0).sum(-1) / kept.sum(-1)
-    if len(scratch) > 1:
-        part |= _moments(scratch, r)
+    if len(block.scratch) > 2:
+        part |= _moments(block, len(z))
     return {name: value.masked_fill(bad, math.nan) for name, value in part.items()}
 
 
-def _moments(scratch: Tensor, r: int) -> dict[str, Tensor]:
-    """Sums over the vocabulary. scratch[0] holds log p; a third buffer asks for varentropy too."""
-    log_p, p = scratch[0], scratch[1]
-    _exp(log_p[:r], p[:r])
+def _moments(block: Block, r: int) -> dict[str, Tensor]:
+    """Sums over the vocabulary. Buffer 1 holds log p; a fourth buffer asks for varentropy too."""
+    log_p = block.plain(1)
+    p = block.exp(log_p[:r], 2)
     total = _total(log_p, r)
     count = torch.full_like(total, log_p.shape[-1])
-    masked_rows = (total == -INF).nonzero()[:, 0].tolist()
-    for k in masked_rows:
-        masked = log_p[k] == -INF
-        log_p[k].masked_fill_(masked, 0.0)
-        count[k] -= masked.sum()
-    if masked_rows:
+    if (total == -INF).any():
+        masked = log_p[:r] == -INF
+        log_p[:r].masked_fill_(masked, 0.0)
+        count -= masked.sum(-1)
         total = _total(log_p, r)
-    product = scratch[-1]  # p itself, unless varentropy needs it again
+    product = block.scratch[-1, :, : block.columns]  # p itself, unless varentropy needs it again
     torch.mul(p[:r], log_p[:r], out=product[:r])
     entropy = -_total(product, r)
     part = {"entropy": entropy, "self_certainty": -total / count - count.log(), "count": count}
-    if len(scratch) > 2:
+    if len(block.scratch) > 3:
         torch.add(log_p[:r], entropy[:, None], out=product[:r]).square_().mul_(p[:r])
         part["varentropy"] = _total(product, r)
     return part
@@ -162,13 +188,14 @@ def stats_backward(
     a, b = how.factors
     live = torch.stack(weights).ne(0).any(0)
     repeated = rows is not None and len(torch.unique(rows)) < len(rows)
-    for tokens, numbers in _blocks(rows, live):
+    into = grad.view(logits.shape[:-1].numel(), logits.shape[-1])[:, : block.columns]
+    for tokens, numbers in _blocks(rows, live, block.rows):
         on_p, on_p_logp, everywhere, on_target = (w[tokens, None] for w in weights)
         r = len(tokens)
         z = block.load(numbers)
-        log_p = torch.sub(z, norm.top[tokens, None], out=block.scratch[1, :r])
+        log_p = torch.sub(z, norm.top[tokens, None], out=block.scratch[1, :r, : block.columns])
         log_p.add_(norm.max_logp[tokens, None])
-        dz = _exp(log_p, block.scratch[-1, :r])
+        dz = block.exp(log_p, len(block.scratch) - 1)[:r]
         if curved:
             dz.mul_(log_p.masked_fill_(log_p == -INF, 0.0).mul_(on_p_logp).add_(on_p))
         else:
@@ -183,10 +210,23 @@ def stats_backward(
             dz.mul_(a)
         if level or how.softcap is not None:
             dz.masked_fill_(z == -INF, 0.0)
-        for k, n in enumerate(numbers):
-            row = row_view(grad, n)[: block.columns]
-            row.add_(dz[k]) if repeated else row.copy_(dz[k])
+        store(into, numbers, dz, repeated)
     return grad
+
+
+def store(into: Tensor, rows: Tensor, dz: Tensor, repeated: bool) -> None:
+    """Write dz [r, columns] to the named rows of into [N, columns], or add it in order where rows repeat."""
+    near = None if repeated else adjacent(rows, into)
+    if near is not None:
+        near.copy_(dz)
+    elif not repeated and into.shape[1] < CALL:
+        into[rows] = dz.to(into.dtype)
+    else:
+        for n, row in zip(rows.tolist(), dz, strict=True):
+            if repeated:
+                into[n].add_(row)
+            else:
+                into[n].copy_(row)
 
 
 NATIVE = Engine(stats_forward, stats_backward)

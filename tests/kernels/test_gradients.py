@@ -125,6 +125,23 @@ def test_gradient_of_a_row_alone_equals_the_row_in_any_batch(impl: str) -> None:
     assert_exact(alone, whole[3:4], name="row 3")
 
 
+@pytest.mark.parametrize(("count", "vocab"), [(259, 500), (7, native.CALL + 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_rows_in_any_order_has_the_same_bits(count: int, vocab: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(count, vocab) * 3).to(dtype)
+    y = torch.randint(0, vocab, (count,))
+    up = {"logp": torch.randn(count), "entropy": torch.randn(count)}
+    order = torch.randperm(count)
+    some = order[: count // 2]
+    whole = gradient(native.token_stats, logits, y, up)
+    for chosen in (order, some):
+        moved = {name: value[chosen] for name, value in up.items()}
+        part = gradient(native.token_stats, logits, y[chosen], moved, rows=chosen)
+        assert_exact(part[chosen], whole[chosen], name="named rows")
+    unnamed = torch.ones(count, dtype=torch.bool).index_fill(0, some, False)
+    assert (part[unnamed] == 0).all()
+
+
 @pytest.mark.parametrize("impl", list(IMPLS))
 def test_other_statistics_carry_no_gradient(impl: str) -> None:
     logits = torch.randn(2, 9, requires_grad=True)

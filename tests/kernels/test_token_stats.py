@@ -167,6 +167,26 @@ def test_a_row_alone_equals_the_row_in_any_batch(impl: str, dtype: torch.dtype, 
         assert_exact(alone[1][name], batch[name][5:], name=f"{name} alone")
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 500, 513])
+@pytest.mark.parametrize("how", [PLAIN, LogitMap(temperature=0.7, softcap=20.0)])
+def test_a_row_of_a_small_vocabulary_equals_the_row_in_several_blocks(vocab: int, how: LogitMap) -> None:
+    count = native.block_rows(vocab) + 3
+    logits = torch.randn(count, vocab) * 4
+    logits[::5, : vocab // 2] = -INF
+    y = torch.full((count,), vocab - 1)
+    batch = native.token_stats(logits, y, how=how, want=STATS)
+    order = torch.randperm(count)
+    mixed = native.token_stats(logits.view(1, count, vocab), y, rows=order, how=how, want=STATS)
+    alone = native.token_stats(logits[-1:], y[-1:], how=how, want=STATS)
+    for name in STATS:
+        assert_exact(mixed[name], batch[name][order], name=f"{name} reordered")
+        assert_exact(alone[name], batch[name][-1:], name=f"{name} alone")
+
+
+def test_native_takes_more_rows_at_a_time_of_a_smaller_vocabulary() -> None:
+    assert [native.block_rows(v) for v in (10**6, 151936, 32000, 500)] == [4, 4, 18, 256]
+
+
 @fast_impl
 def test_offsets_beyond_32_bits(impl: str) -> None:
     """Virtual memory only: the pages between the rows are never touched."""
@@ -245,10 +265,12 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_makes_nothing_of_the_size_of_the_logits(dtype: torch.dtype) -> None:
-    logits = torch.randn(256, 3000).to(dtype)
+    rows, vocab = 1100, 3000
+    logits = torch.randn(rows, vocab).to(dtype)
     with _Largest(logits) as seen:
-        native.token_stats(logits, torch.randint(0, 3000, (256,)), want=STATS)
-    assert seen.numel <= 4 * (native.BLOCK + 1) * 3000
+        native.token_stats(logits, torch.randint(0, vocab, (rows,)), want=STATS)
+    largest = 4 * (native.block_rows(vocab) + 1) * (vocab + native.VECTOR)
+    assert seen.numel <= largest < logits.numel()
 
 
 @fast_impl
