@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.record import RESULTS, provenance
 from raise_trainer.config import DemoConfig
 from raise_trainer.demo import Prepared, held_out, prepare, start, warm_start
-from raise_trainer.evaluate import summary
 from raise_trainer.logbook import Logbook
 from raise_trainer.loop import run_grpo, run_sft
 
@@ -101,10 +100,8 @@ def record(
     seed: int, arm: str, model: Any, data: Prepared, config: DemoConfig, log: Logbook
 ) -> dict[str, Any]:
     """Held-out figures of one arm, with what they depend on."""
-    figures = summary(held_out(model, data, config, log, arm))
-    written = log.records[-1]
-    greedy = {key: written[key] for key in ("accuracy_greedy", "match_greedy")}
-    return {"seed": seed, "arm": arm, **figures, **greedy, "questions": len(data.test)}
+    figures = held_out(model, data, config, log, arm).figures
+    return {"seed": seed, "arm": arm, **figures, "questions": len(data.test)}
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

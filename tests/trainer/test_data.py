@@ -51,7 +51,13 @@ BAD = {
     "problem_type 'essay'": GOOD | {"problem_type": "essay"},
     "data_type 'image'": GOOD | {"data_type": "image"},
     "leaves the data root": GOOD | {"path": "../../etc/passwd"},
+    "is no path": GOOD | {"path": "a\0b.mp4"},
     "got list": ["not", "a", "row"],
+    "`options` is '5'": GOOD | {"options": 5},
+    "`references` is 'a red'": GOOD | {"problem_type": "free-form", "references": "a red"},
+    "`references` on a numerical row": GOOD | {"problem_type": "numerical", "references": ["a"]},
+    "`data_source` is NoneType": GOOD | {"data_source": None},
+    "cannot be read as numerical": GOOD | {"problem_type": "numerical", "solution": "three"},
 }
 
 
@@ -74,13 +80,22 @@ def test_a_link_out_of_the_data_root_is_refused(tmp_path: Path) -> None:
         load(root, [GOOD | {"path": "link.mp4"}])
 
 
+def test_a_bad_line_is_one_bad_row_and_blank_lines_are_none(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([json.dumps(GOOD), "   ", "{broken", json.dumps(GOOD)]))
+    refused = Refused()
+    assert len(load_rows(file, tmp_path, on_bad="skip", refused=refused)) == 2
+    assert len(refused.items) == 1 and "row 2: not JSON" in refused.items[0]
+
+
 @pytest.mark.parametrize(
-    "content, message", [("[{", "not JSON"), ("[]", "no usable row"), (None, "No such file")]
+    "content, message",
+    [(b"[{", "not JSON"), (b"[]", "no usable row"), (b"\xff\xfe", "not UTF-8"), (None, "No such file")],
 )
-def test_a_bad_file_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+def test_a_bad_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     file = tmp_path / "rows.json"
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         load_rows(file, tmp_path, on_bad="skip", refused=Refused())
     assert str(file) in str(error.value)

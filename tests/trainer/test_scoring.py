@@ -99,13 +99,23 @@ def test_both_kinds_log_the_same_figures(rolled: Rollout, model: Any, processor:
 def test_groups_of_one_reward_are_counted() -> None:
     owner = [0, 0, 1, 1, 2, 2]
     reward = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
-    assert share_of_equal_groups(reward, owner) == pytest.approx(2 / 3)
+    assert round(3 * share_of_equal_groups(reward, owner)) == 2
 
 
 def test_right_and_match_are_judged_apart(rolled: Rollout) -> None:
     verdicts = [judge(rolled.prompts[p].row, t) for p, t in zip(rolled.owner, (*STRICT, *OPEN), strict=True)]
     assert verdicts[:G] == [(True, True), (False, True), (True, False), (False, False)]
     assert verdicts[G:] == [(True, True), (True, True), (False, False), (False, False)]
+
+
+def test_the_judged_answer_is_the_scored_one(rolled: Rollout) -> None:
+    row = rolled.prompts[0].row
+    assert judge(row, f"{GREEN}<answer>B. green</answer></answer>") == (True, True)
+    assert judge(row, f"<answer>B. green</answer>{GREEN}") == (
+        True,
+        False,
+    )  # a chain after the answer is none
+    assert judge(row, f"{RED}<answer>A. red</answer>{GREEN}<answer>B</answer>") == (True, True)
 
 
 def test_an_empty_evaluation_has_no_nan() -> None:
@@ -118,7 +128,7 @@ def test_grpo_raises_what_has_advantage_and_sft_its_targets(rolled: Rollout, pro
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     advantage = rc.group_advantages(before.reward, torch.tensor(rolled.owner))
     figures = grpo_step(model, optimizer, rolled, advantage, before.logp_ref, kind="dr_grpo", max_length=28)
-    assert figures["kl"] == 0.0 and figures["ratio_mean"] == pytest.approx(1)
+    assert figures["kl"] == 0.0 and figures["ratio_mean"] == 1.0
     lengths = [len(c) for c in rolled.completions]
     change = scored(rolled, model, processor, "accuracy").logp_ref - before.logp_ref
     by_completion = torch.stack([c.sum() for c in change.split(lengths)])

@@ -24,14 +24,16 @@ def test_a_true_chain_and_its_answer_match_and_a_false_one_does_not() -> None:
         truth, lie = world.claim(scene, task), world.false_claim(rng, scene, task, options)
         assert truth != lie
         answer = world.answer_text(task, truth, options, rng)
-        assert world.answer_claim(task, answer, options) == truth
+        assert world.answer_claim(task, answer, options) == world.chain_claim(
+            task, world.chain_text(task, truth)
+        )
         assert world.answer_follows_chain(task, world.chain_text(task, truth), answer, options)
         assert not world.answer_follows_chain(task, world.chain_text(task, lie), answer, options)
 
 
 @pytest.mark.parametrize("task", world.TASKS)
 @pytest.mark.parametrize(
-    "text", ["", "B", "B. ", "a red", "red green ring moves left", "\x00", "the the the"]
+    "text", ["", "E", "B. ", "a red", "red green ring moves left", "\x00", "the the the"]
 )
 def test_text_that_claims_nothing_never_matches(task: str, text: str) -> None:
     assert not world.answer_follows_chain(task, text, text, world.options_of(task))
@@ -41,7 +43,13 @@ def test_a_letter_with_another_options_text_claims_nothing() -> None:
     options = world.options_of("colour")
     assert options[1] == "B. green"
     assert world.answer_claim("colour", "B. green", options) == ("green",)
+    assert world.answer_claim("colour", "B", options) == ("green",)
     assert world.answer_claim("colour", "B. red", options) is None
+
+
+def test_numbers_match_by_value() -> None:
+    assert world.answer_follows_chain("when", "it appears at 1.0 seconds", "1", ())
+    assert not world.answer_follows_chain("when", "it appears at 1.0 seconds", "1.5", ())
 
 
 def test_a_description_with_two_colours_claims_nothing() -> None:

@@ -1,6 +1,7 @@
 """The command `raise-core`."""
 
 import sys
+from typing import NoReturn
 
 from .config import DemoConfig
 from .errors import UserError
@@ -17,9 +18,7 @@ def main() -> None:
     """Parse and run; what a user can mend is one line on stderr and exit status 2."""
     try:
         import tyro
-    except ModuleNotFoundError:
-        _fail("the trainer's packages are not installed; run: pip install 'raise-core[train]'")
-    try:
+
         tyro.extras.subcommand_cli_from_dict(
             {"demo": demo},
             prog="raise-core",
@@ -27,12 +26,14 @@ def main() -> None:
         )
     except UserError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        _fail(f"the package {error.name} is not installed; run: pip install 'raise-core[train]'")
     except KeyboardInterrupt:
         print("raise-core: stopped", file=sys.stderr)
         sys.exit(130)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"raise-core: error: {message}", file=sys.stderr)
     sys.exit(2)
 

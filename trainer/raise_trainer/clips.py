@@ -16,8 +16,7 @@ decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is s
 
 @dataclass(frozen=True)
 class Frames:
-    """Sampled frames `[F, H, W, 3]` uint8, their indices in the file, its frame rate [1/s] and frame
-    count."""
+    """Sampled frames `[F, H, W, 3]` uint8, their indices in the file, its frame rate [1/s] and length."""
 
     pixels: torch.Tensor
     indices: tuple[int, ...]
@@ -44,14 +43,18 @@ def read_frames(path: Path, count: int) -> Frames:
     Raises BadMedia, with path and reason, for a file that is missing, empty, cut short or not a video.
     """
     try:
-        size = path.stat().st_size
+        with path.open("rb") as file:
+            empty = not file.read(1)
     except OSError as error:
         raise BadMedia(f"{path}: {error.strerror}; check `path` in the data file and the data root") from None
-    if size == 0:
+    if empty:
         raise BadMedia(f"{path}: the file is empty; download or write it again")
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         total = len(reader)
+        fps = float(reader.get_avg_fps())
+        if not fps > 0:
+            raise BadMedia(f"{path}: no frame rate ({fps}); re-encode it or drop the row")
         if total < 2:
             raise BadMedia(
                 f"{path}: {total} frame(s), a video needs at least 2; list it as data_type 'image'"
@@ -59,9 +62,9 @@ def read_frames(path: Path, count: int) -> Frames:
         kept = min(count, total) // 2 * 2  # the model merges frames in pairs
         indices = tuple(int(i) for i in np.linspace(0, total - 1, kept).round())
         pixels = torch.from_numpy(reader.get_batch(list(indices)).asnumpy())
-        return Frames(pixels, indices, float(reader.get_avg_fps()), total)
+        return Frames(pixels, indices, fps, total)
     except (decord.DECORDError, RuntimeError) as error:
         # decord's text begins with a time and its own source file, and holds the path again
-        text = str(error).strip().splitlines()[0].replace(str(path), "it")
+        text = (str(error).strip() or type(error).__name__).splitlines()[0].replace(str(path), "it")
         reason = re.sub(r"^\[.*?\]\s*\S+:\d+:\s*", "", text)
         raise BadMedia(f"{path}: cannot be decoded ({reason[:120]}); re-encode it or drop the row") from None

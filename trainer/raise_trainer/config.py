@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .errors import UserError
+
 OnBad = Literal["skip", "fail"]
 RewardKind = Literal["scre-igsr", "accuracy"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Train a tiny video model from nothing: synthetic videos, supervised warm start, GRPO, held-out
-    evaluation."""
+    """Settings of the demo; the defaults take minutes on 2 cores."""
 
     out: Path = Path("runs/demo")
     """folder of the run; must not exist yet, or be empty"""
@@ -61,3 +62,24 @@ class DemoConfig:
     """samples per held-out question at temperature 1"""
     smoke: bool = False
     """a run of seconds that exercises every stage; its figures mean nothing"""
+
+
+def check(config: DemoConfig) -> None:
+    """UserError naming the first flag whose value makes no sense, before anything is written."""
+    at_least = {
+        "threads": 1, "train_videos": 1, "test_questions": 1, "frames": 2, "warm_steps": 0, "warm_batch": 1,
+        "grpo_steps": 0, "prompts": 1, "group_size": 1, "max_new_tokens": 1, "eval_samples": 1,
+        "min_std": 0.0,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        if not getattr(config, name) >= least:
+            _refuse(name, getattr(config, name), f"{least} or more")
+    for name in ("warm_lr", "grpo_lr", "temperature"):
+        if not 0 < getattr(config, name) < float("inf"):
+            _refuse(name, getattr(config, name), "a number above 0")
+    if not 0 <= config.ema_decay <= 1:
+        _refuse("ema_decay", config.ema_decay, "a number in [0, 1]")
+
+
+def _refuse(name: str, got: object, wanted: str) -> None:
+    raise UserError(f"--{name.replace('_', '-')} {got}: expected {wanted}")

@@ -46,9 +46,13 @@ class Row:
         """The problem with its options, one a line."""
         return "\n".join([self.problem, "Options:", *self.options]) if self.options else self.problem
 
+    def verdict(self, completion: str) -> rc.Verdict:
+        """How well a completion answers, by the rule of its kind (`raise_core.verify_details`)."""
+        return rc.verify_details(self.problem_type, completion, self.references or self.solution)
+
     def text_score(self, completion: str) -> float:
-        """How well a completion answers, in [0, 1], by the rule of its kind (`raise_core.verify`)."""
-        return rc.verify(self.problem_type, completion, self.references or self.solution)
+        """The score of `verdict`, in [0, 1]."""
+        return self.verdict(completion).score
 
 
 @dataclass
@@ -73,8 +77,7 @@ U = TypeVar("U")
 
 
 def keep_good(items: Iterable[T], make: Callable[[T], U], on_bad: OnBad, refused: Refused) -> list[U]:
-    """`make` of every item; one that raises BadRow or BadMedia stops the run (`fail`) or is recorded
-    (`skip`)."""
+    """`make` of every item; BadRow or BadMedia stops the run or is recorded, as `on_bad` says."""
     made = []
     for item in items:
         try:
@@ -90,49 +93,72 @@ def load_rows(file: Path, root: Path, *, on_bad: OnBad, refused: Refused) -> lis
     """All rows of a Video-R1 JSON list or a JSON-lines file; media paths are taken under `root`."""
     try:
         text = file.read_text(encoding="utf-8")
-        raw = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(s) for s in text.splitlines() if s]
-        )
+        items: list[Any] = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except OSError as error:
-        raise UserError(
-            f"{file}: {error.strerror}; give a JSON list of rows in the Video-R1 schema"
-        ) from None
+        raise UserError(f"{file}: {error.strerror}; give JSON rows in the Video-R1 schema") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 (byte {error.start}); give JSON rows in UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: not JSON (line {error.lineno}: {error.msg})") from None
     root = root.resolve()
-    rows = keep_good(enumerate(raw), lambda item: _row(*item, root), on_bad, refused)
+    wanted = ((i, item) for i, item in enumerate(items) if not isinstance(item, str) or item.strip())
+    rows = keep_good(wanted, lambda item: _row(*item, root), on_bad, refused)
     if not rows:
         raise UserError(f"{file}: no usable row" + (f"; {refused}" if refused.items else ""))
     return rows
 
 
 def _row(index: int, raw: Any, root: Path) -> Row:
+    if isinstance(raw, str):  # a line of a JSON-lines file
+        try:
+            raw = json.loads(raw)
+        except json.JSONDecodeError as error:
+            raise BadRow(f"row {index}: not JSON ({error.msg}); mend the line or drop it") from None
     if not isinstance(raw, dict):
         raise BadRow(f"row {index}: got {type(raw).__name__}, expected an object in the Video-R1 schema")
     name = f"row {raw.get('problem_id', index)}"
     for key in ("problem", "data_type", "problem_type", "solution", "path"):
         if not isinstance(raw.get(key), str) or not raw[key].strip():
             raise BadRow(f"{name}: no `{key}` (a non-empty string); add it or drop the row")
+    for key in ("process", "data_source"):
+        if not isinstance(raw.get(key, ""), str):
+            raise BadRow(f"{name}: `{key}` is {type(raw[key]).__name__}, expected a string")
+    options, references = (_strings(name, key, raw.get(key) or []) for key in ("options", "references"))
     if raw["problem_type"] not in PROBLEM_TYPES:
-        raise BadRow(
-            f"{name}: problem_type {raw['problem_type']!r}, expected one of {', '.join(PROBLEM_TYPES)}"
-        )
+        known = ", ".join(PROBLEM_TYPES)
+        raise BadRow(f"{name}: problem_type {raw['problem_type']!r}, expected one of {known}")
     if raw["data_type"] != "video":
         raise BadRow(f"{name}: data_type {raw['data_type']!r}, expected 'video'; drop the row")
-    path = (root / raw["path"]).resolve()
-    if not path.is_relative_to(root):
-        raise BadRow(f"{name}: path {raw['path']!r} leaves the data root {root}; move the file below it")
+    if references and raw["problem_type"] not in ("free-form", "OCR"):
+        raise BadRow(f"{name}: `references` on a {raw['problem_type']} row; give one `solution`")
+    if rc.verify_details(raw["problem_type"], "<answer>0</answer>", raw["solution"]).reason == "bad_solution":
+        raise BadRow(f"{name}: solution {raw['solution']!r} cannot be read as {raw['problem_type']}; mend it")
     return Row(
         problem_id=raw.get("problem_id", index),
         problem=raw["problem"],
         data_type=raw["data_type"],
         problem_type=raw["problem_type"],
-        options=tuple(raw.get("options") or ()),
+        options=options,
         solution=raw["solution"],
-        path=path,
+        path=_below(name, root, raw["path"]),
         data_source=raw.get("data_source", ""),
         process=raw.get("process", ""),
-        references=tuple(raw.get("references") or ()),
+        references=references,
     )
+
+
+def _strings(name: str, key: str, values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
+        raise BadRow(f"{name}: `{key}` is {str(values)[:60]!r}, expected a list of non-empty strings")
+    return tuple(values)
+
+
+def _below(name: str, root: Path, path: str) -> Path:
+    """The file `path` names under `root`; links are followed before it is judged."""
+    try:
+        found = (root / path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BadRow(f"{name}: path {path!r} is no path ({error}); mend it or drop the row") from None
+    if not found.is_relative_to(root):
+        raise BadRow(f"{name}: path {path!r} leaves the data root {root}; move the file below it")
+    return found

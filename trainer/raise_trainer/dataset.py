@@ -10,10 +10,8 @@ from . import world
 from .clips import write_mp4
 
 KINDS = {"move": 3, "order": 3, "count": 2}  # scenes drawn in this proportion
-# The warm start's errors, fixed beforehand: in a quarter of the examples the chain contradicts the video
-# and the
-# answer follows the chain (wrong); in another quarter the chain contradicts it and the answer is right all
-# the same.
+# The warm start's errors, fixed beforehand: in a quarter of the examples the chain contradicts the video and
+# the answer follows it (wrong); in another quarter it contradicts the video and the answer is right anyway.
 CHAIN_AND_ANSWER_WRONG = 0.25
 CHAIN_ALONE_WRONG = 0.25
 
@@ -21,8 +19,7 @@ CHAIN_ALONE_WRONG = 0.25
 def write_dataset(
     root: Path, *, train_videos: int, test_questions: int, seed: int, advance: Callable[[int], None]
 ) -> None:
-    """Write `clips/*.mp4`, `sft.json` (chains and answers, some wrong), `train.json` and `test.json`
-    (solutions)."""
+    """Write `clips/*.mp4`, `sft.json` (chains and answers, some wrong), `train.json`, `test.json`."""
     (root / "clips").mkdir(parents=True)
     rng = random.Random(seed)
     rows: dict[str, list[dict[str, Any]]] = {"sft": [], "train": [], "test": []}

@@ -1,9 +1,9 @@
-"""The main job: write videos, warm-start a tiny model on flawed chains, train it with GRPO, measure,
-report."""
+"""The main job: write videos, warm-start a tiny model on flawed chains, train it with GRPO, report."""
 
 import json
 import os
-from collections.abc import Sequence
+import resource
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from . import tiny
-from .config import DemoConfig
-from .data import Refused, keep_good, load_rows
+from .config import DemoConfig, check
+from .data import Refused, Row, keep_good, load_rows
 from .dataset import write_dataset
-from .errors import UserError
-from .evaluate import Answered, evaluate, summary
+from .errors import BadRow, UserError
+from .evaluate import Answered, HeldOut, evaluate, summary
 from .logbook import Logbook
 from .loop import Supervised, run_grpo, run_sft
 from .prompts import Prompt, PromptBuilder, target_ids
 from .report import write_report
+from .world import task_of
 
 SMOKE = {
     "train_videos": 24, "test_questions": 24, "warm_steps": 4, "warm_batch": 4,
@@ -39,7 +40,7 @@ class Prepared:
 
 
 def open_run(out: Path) -> Path:
-    """Make the run's folder.  UserError if it holds something already or cannot be written."""
+    """Make the run's folder. UserError if it holds something already or cannot be written."""
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out}: already exists; choose another folder or remove it")
@@ -58,7 +59,10 @@ def check_device(device: str) -> None:
 
 
 def prepare(config: DemoConfig, log: Logbook) -> Prepared:
-    """Write (or open) the data folder, check every row, decode every video once."""
+    """Write (or open) the data folder, check every row, decode every video once.
+
+    A row must also name a task of the demo world, without which Match cannot be decided.
+    """
     root = config.data or config.out / "data"
     if config.data is None:
         with log.stage("write videos", config.train_videos + config.test_questions) as stage:
@@ -78,9 +82,17 @@ def prepare(config: DemoConfig, log: Logbook) -> Prepared:
     builder = PromptBuilder(processor, frames=config.frames, max_length=tiny.CONTEXT - config.max_new_tokens)
     prompts: dict[str, list[Prompt]] = {}
     with log.stage("decode videos", sum(map(len, rows.values()))) as stage:
+
+        def prompt(row: Row) -> Prompt:
+            stage.advance()
+            try:
+                task_of(row.data_source)
+            except ValueError as error:
+                raise BadRow(f"row {row.problem_id}: {error}") from None
+            return builder(row)
+
         for name, some in rows.items():
-            prompts[name] = keep_good(some, builder, config.on_bad, refused)
-            stage.advance(len(some))
+            prompts[name] = keep_good(some, prompt, config.on_bad, refused)
     tokenizer = processor.tokenizer
     supervised = keep_good(
         prompts["sft"], lambda p: Supervised(p, target_ids(p.row, tokenizer)), config.on_bad, refused
@@ -99,35 +111,26 @@ def prepare(config: DemoConfig, log: Logbook) -> Prepared:
     return Prepared(processor, supervised, prompts["train"], prompts["test"], sampling)
 
 
-def held_out(model: Any, data: Prepared, config: DemoConfig, log: Logbook, name: str) -> list[Answered]:
+def held_out(model: Any, data: Prepared, config: DemoConfig, log: Logbook, name: str) -> HeldOut:
     """Sampled and greedy answers to every held-out question; the means are written to metrics.jsonl."""
-    tokenizer = data.processor.tokenizer
     with log.stage(f"evaluate {name}", 2 * len(data.test)) as stage:
-        answered = evaluate(
-            model,
-            data.test,
-            tokenizer,
-            samples=config.eval_samples,
-            temperature=1.0,
-            generator=torch.Generator(model.device).manual_seed(config.seed),
-            advance=stage.advance,
-            **data.sampling,
-        )
-        greedy = evaluate(
-            model,
-            data.test,
-            tokenizer,
-            samples=1,
-            temperature=0.0,
-            generator=None,
-            advance=stage.advance,
-            **data.sampling,
-        )
-    figures = summary(answered)
-    of_greedy = summary(greedy)
-    figures |= {f"{key}_greedy": of_greedy[key] for key in ("accuracy", "match")}
+
+        def answers(samples: int, temperature: float) -> list[Answered]:
+            return evaluate(
+                model,
+                data.test,
+                data.processor.tokenizer,
+                samples=samples,
+                temperature=temperature,
+                generator=torch.Generator(model.device).manual_seed(config.seed),
+                advance=stage.advance,
+                **data.sampling,
+            )
+
+        answered, greedy = answers(config.eval_samples, 1.0), summary(answers(1, 0.0))
+    figures = summary(answered) | {f"{key}_greedy": greedy[key] for key in ("accuracy", "match")}
     log.write(f"evaluate {name}", 0, **figures)
-    return answered
+    return HeldOut(answered, figures)
 
 
 def save_model(model: Any, processor: Any, folder: Path) -> None:
@@ -144,10 +147,11 @@ def warm_start(data: Prepared, config: DemoConfig, log: Logbook) -> Any:
 
 
 def start(config: DemoConfig) -> tuple[DemoConfig, Logbook]:
-    """Open the run's folder and fix what the figures depend on."""
-    check_device(config.device)
+    """Check the settings, open the run's folder and fix what the figures depend on."""
     if config.smoke:
         config = replace(config, **SMOKE)
+    check(config)
+    check_device(config.device)
     open_run(config.out)
     torch.set_num_threads(config.threads)
     text = json.dumps(asdict(config) | {"torch": torch.__version__}, indent=1, default=str)
@@ -158,7 +162,11 @@ def start(config: DemoConfig) -> tuple[DemoConfig, Logbook]:
 def run_demo(config: DemoConfig) -> Path:
     """The whole job; returns the path of the report."""
     config, log = start(config)
-    data = prepare(config, log)
+    try:
+        data = prepare(config, log)
+    except UserError:
+        shutil.rmtree(config.out)  # it was empty or new, and nothing has been trained: let it be named again
+        raise
     model = warm_start(data, config, log)
     before = held_out(model, data, config, log, "warm start")
     run_grpo(model, data.train, data.processor.tokenizer, config, log, name="grpo", sampling=data.sampling)
@@ -166,17 +174,20 @@ def run_demo(config: DemoConfig) -> Path:
     save_model(model, data.processor, config.out / "model")
     _final_table(log, config, before, after)
     report = write_report(config, log, data.test, {"warm start": before, "after GRPO": after})
-    log.say(f"{log.seconds:.0f} s.  Model: {config.out / 'model'}  Report: {report}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    log.time("run", seconds=log.seconds, peak_gib=peak)
+    log.say(f"{log.seconds:.0f} s, {peak:.1f} GiB at most. Model: {config.out / 'model'}")
+    log.say(f"Report: {report}")
     return report
 
 
-def _final_table(
-    log: Logbook, config: DemoConfig, before: Sequence[Answered], after: Sequence[Answered]
-) -> None:
-    a, b = summary(before), summary(after)
-    shown = [key for key in a if "/" not in key]
-    rows = [[key, f"{a[key]:.3f}", f"{b[key]:.3f}", f"{b[key] - a[key]:+.3f}"] for key in shown]
-    title = (
-        f"{len(before) // config.eval_samples} questions on unseen videos, {config.eval_samples} samples each"
-    )
+def _final_table(log: Logbook, config: DemoConfig, before: HeldOut, after: HeldOut) -> None:
+    a, b = before.figures, after.figures
+    rows = [
+        [key.replace("_", " "), f"{a[key]:.3f}", f"{b[key]:.3f}", f"{b[key] - a[key]:+.3f}"]
+        for key in a
+        if "/" not in key
+    ]
+    questions = len(before.answered) // config.eval_samples
+    title = f"{questions} questions on unseen videos, {config.eval_samples} samples each"
     log.table(title, ["", "warm start", f"GRPO, {config.reward}", "change"], rows)

@@ -31,6 +31,17 @@ class Answered:
     confidence: float
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Sampled answers to every held-out question, in the order of the questions, and the means over them.
+
+    `figures` is `summary` of the answers, and accuracy and Match of greedy decoding as `*_greedy`.
+    """
+
+    answered: list[Answered]
+    figures: dict[str, float]
+
+
 def judge(row: Row, text: str) -> tuple[bool, bool]:
     """(right, match) of a completion; the chain is the last one before the answer."""
     task = world.task_of(row.data_source)

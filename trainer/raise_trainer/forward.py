@@ -1,10 +1,9 @@
 """The forward pass over [prompt | completion]: every video and every prompt once, then all completions.
 
-A prompt's keys and values serve all its completions, with gradient.  Positions come from the model's own
+A prompt's keys and values serve all its completions, with gradient. Positions come from the model's own
 `get_rope_index` of the whole sequence: after a video, text continues from the spatial extent, so neither
-lengths nor
-maxima give them.  Prompts are padded on the left and masked; completions on the right, where the causal
-mask hides it.
+lengths nor maxima give them. Prompts are padded on the left and masked; completions are padded on the right,
+where the causal mask hides it.
 """
 
 from collections.abc import Sequence
@@ -31,8 +30,7 @@ class Hidden:
 
 
 def embed_prompts(model: Any, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """Input embeddings `[L, D]` of every prompt; a clip that several prompts share passes the vision tower
-    once."""
+    """Input embeddings `[L, D]` of every prompt; a clip that several share is encoded once."""
     device = model.device
     clips = {id(p.clip): p.clip for p in prompts}
     patches = torch.cat([c.patches for c in clips.values()]).to(device)
@@ -65,10 +63,9 @@ def positions(model: Any, prompt: Prompt, completion_length: int) -> Tensor:
 class Prefilled:
     """P prompts after one pass: what their completions need.
 
-    last [P, D]: hidden state that predicts the first completion token.  cache: keys and values, padded on
-    the left.
-    mask [P, L]: 1 where a prompt token is.  position_ids [3, P, L+room]: of the prompt and of what may
-    follow it.
+    last [P, D]: hidden state that predicts the first completion token.
+    cache: keys and values, padded on the left; mask [P, L]: 1 where a prompt token is.
+    position_ids [3, P, L+room]: of the prompt and of what may follow it.
     """
 
     last: Tensor

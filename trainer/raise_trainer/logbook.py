@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on
 
@@ -78,8 +79,11 @@ class Logbook:
                 yield Stage(self, name, total, bar)
         else:
             yield Stage(self, name, total, None)
-        seconds = time.monotonic() - begun
-        self._append("timings.jsonl", {"stage": name, "units": total, "seconds": round(seconds, 3)})
+        self.time(name, units=total, seconds=time.monotonic() - begun)
+
+    def time(self, stage: str, **figures: float) -> None:
+        """One line of timings.jsonl."""
+        self._append("timings.jsonl", {"stage": stage} | {k: round(v, 3) for k, v in figures.items()})
 
     def write(self, stage: str, step: int, **figures: float) -> None:
         """One line of metrics.jsonl."""
@@ -93,11 +97,11 @@ class Logbook:
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
         """A table on the console; the first column is text, the others align right."""
-        table = Table(title=title, title_justify="left", show_edge=False)
+        table = Table(title=Text(title), title_justify="left", show_edge=False)
         for i, name in enumerate(header):
             table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # what a model wrote is no markup
         self.console.print(table)
 
     @property

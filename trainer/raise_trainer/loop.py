@@ -1,19 +1,19 @@
 """The two training loops.  `run_grpo` reads like the method's algorithm box.
 
     for every batch of prompts:
-        sample G completions each                        rollout.sample
-        text score; confidence of the answer under the   scoring.score
-        reference; SCRE / IGSR reward
-        reward minus its group's mean                    raise_core.group_advantages
-        one policy-gradient step                         update.grpo_step
-        the reference follows slowly                     raise_core.EmaReference
+        sample G completions each                           rollout.sample
+        text score, confidence under the reference,
+        SCRE / IGSR reward                                  scoring.score
+        reward minus its group's mean                       raise_core.group_advantages
+        one policy-gradient step                            update.grpo_step
+        the reference follows slowly                        raise_core.EmaReference
 
 Departures from the paper: one update per rollout (so no clipping happens), no KL term (as in its best
 setting), a reference that starts from the warm-started model instead of a pretrained one.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -87,9 +87,8 @@ def run_grpo(
     *,
     name: str,
     sampling: dict[str, Any],
-    on_step: Callable[[int], None] = lambda _: None,
-) -> rc.EmaReference:
-    """GRPO with the configured reward; returns the reference."""
+) -> None:
+    """GRPO with the configured reward."""
     reference = rc.EmaReference(model, decay=config.ema_decay)
     optimizer = _adamw(model, config.grpo_lr)
     batches = _batches(prompts, config.prompts, random.Random(f"{config.seed} grpo"))
@@ -128,8 +127,6 @@ def run_grpo(
             stage.advance(reward=figures["reward_mean"], acc=figures["accuracy"], match=figures["match"])
             if step % TABLE_EVERY == TABLE_EVERY - 1:
                 _completion_table(log, tokenizer, f"{name}, step {step + 1}", rollout, scored, advantage)
-            on_step(step)
-    return reference
 
 
 def _judged(rollout: Rollout, scored: Scored) -> dict[str, float]:
@@ -143,10 +140,10 @@ def _judged(rollout: Rollout, scored: Scored) -> dict[str, float]:
 def _completion_table(
     log: Logbook, tokenizer: Any, title: str, rollout: Rollout, scored: Scored, advantage: torch.Tensor
 ) -> None:
-    """Half of the first prompt's group and half of the second's."""
+    """Up to four completions of each of the first two prompts."""
     g = len(rollout.completions) // len(rollout.prompts)
     rows = []
-    for b in [*range(g // 2), *range(g, g + g // 2)]:
+    for b in [p * g + i for p in range(min(2, len(rollout.prompts))) for i in range(min(4, g))]:
         row = rollout.prompts[rollout.owner[b]].row
         figures = (scored.score[b], scored.confidence[b], scored.reward[b], advantage[b])
         text = scored.text[b].removesuffix(tokenizer.eos_token)

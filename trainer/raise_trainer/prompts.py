@@ -13,8 +13,7 @@ from .errors import BadRow
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One preprocessed video: patches, their grid, seconds per temporal patch.  Shared by all its
-    questions."""
+    """One preprocessed video: patches, their grid, seconds per temporal patch; its questions share it."""
 
     patches: Tensor  # [t*h*w, patch_dim]
     grid: Tensor  # [1, 3] patches along t, h, w
@@ -47,7 +46,7 @@ class PromptBuilder:
         self._clips: dict[Any, Clip] = {}
 
     def clip(self, row: Row) -> Clip:
-        """The row's video, preprocessed; decoded on first use only.  Raises BadMedia."""
+        """The row's video, preprocessed; decoded on first use only. Raises BadMedia."""
         if row.path not in self._clips:
             read = read_frames(row.path, self.frames)
             metadata = VideoMetadata(
@@ -69,7 +68,7 @@ class PromptBuilder:
         return self._clips[row.path]
 
     def __call__(self, row: Row) -> Prompt:
-        """The prompt of a row.  Raises BadMedia, or BadRow when it does not fit the context."""
+        """The prompt of a row. Raises BadMedia, or BadRow when it does not fit the context."""
         clip = self.clip(row)
         content = [{"type": "video"}, {"type": "text", "text": row.question}]
         text = self.processor.apply_chat_template(

@@ -11,9 +11,10 @@ import matplotlib
 from PIL import Image
 
 from .config import DemoConfig
-from .evaluate import Answered, summary
+from .evaluate import HeldOut
 from .logbook import Logbook
 from .prompts import Prompt
+from .world import task_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -32,12 +33,11 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "
 
 
 def write_report(
-    config: DemoConfig, log: Logbook, prompts: Sequence[Prompt], arms: Mapping[str, Sequence[Answered]]
+    config: DemoConfig, log: Logbook, prompts: Sequence[Prompt], arms: Mapping[str, HeldOut]
 ) -> Path:
     """Write `report.html` into the run's folder and return its path.
 
-    arms: name -> held-out answers, `eval_samples` per prompt in the order of `prompts`; the first is the
-    baseline.
+    arms: name -> held-out answers, `eval_samples` per prompt in the order of `prompts`; the baseline first.
     """
     path = config.out / "report.html"
     environment = jinja2.Environment(
@@ -45,13 +45,13 @@ def write_report(
     )
     with plt.rc_context(STYLE):
         figures = {"curves": _curves(log.records), "confidence": _confidence(arms)}
-    summaries = {name: summary(answered) for name, answered in arms.items()}
+    summaries = {name: arm.figures for name, arm in arms.items()}
     page = environment.get_template("report.html").render(
         config=config,
         questions=len(prompts),
         summaries=summaries,
         headline=[key for key in next(iter(summaries.values())) if "/" not in key],
-        tasks=sorted({a.row.data_source.split("/")[-1] for a in next(iter(arms.values()))}),
+        tasks=sorted({task_of(p.row.data_source) for p in prompts}),
         figures=figures,
         samples=_samples(config, prompts, arms),
     )
@@ -87,11 +87,11 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     return [sum(w) / len(w) for w in windows]
 
 
-def _confidence(arms: Mapping[str, Sequence[Answered]]) -> str:
+def _confidence(arms: Mapping[str, HeldOut]) -> str:
     figure, axes = plt.subplots(1, len(arms), figsize=(10, 2.8), layout="constrained", sharey=True)
-    for axis, (name, answered) in zip(axes, arms.items(), strict=True):
+    for axis, (name, arm) in zip(axes, arms.items(), strict=True):
         for right, colour, label in ((True, RIGHT, "right"), (False, WRONG, "wrong")):
-            values = [a.confidence for a in answered if a.right == right]
+            values = [a.confidence for a in arm.answered if a.right == right]
             axis.hist(
                 values, bins=30, range=(0, 1), color=colour, alpha=0.6, label=f"{label} ({len(values)})"
             )
@@ -103,7 +103,7 @@ def _confidence(arms: Mapping[str, Sequence[Answered]]) -> str:
 
 
 def _samples(
-    config: DemoConfig, prompts: Sequence[Prompt], arms: Mapping[str, Sequence[Answered]]
+    config: DemoConfig, prompts: Sequence[Prompt], arms: Mapping[str, HeldOut]
 ) -> list[dict[str, Any]]:
     """One held-out question of every kind: its frames, and the first three completions of each arm."""
     first_of: dict[str, int] = {}
@@ -115,7 +115,7 @@ def _samples(
             "prompt": prompts[i],
             "frames": _strip(prompts[i]),
             "solution": "; ".join(prompts[i].row.references) or prompts[i].row.solution,
-            "arms": {name: answered[i * n : i * n + min(3, n)] for name, answered in arms.items()},
+            "arms": {name: arm.answered[i * n : i * n + min(3, n)] for name, arm in arms.items()},
         }
         for i in first_of.values()
     ]

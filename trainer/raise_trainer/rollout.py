@@ -1,5 +1,4 @@
-"""Sampling G completions per prompt: every prompt is encoded once, its key-value cache shared by its
-group."""
+"""Sampling G completions per prompt: a prompt is encoded once, its key-value cache serves its group."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ def sample(
 ) -> Rollout:
     """Sample until every completion has ended or `max_new_tokens` are reached; temperature 0 is greedy.
 
-    suppress: token ids never sampled.  The media placeholders must be among them: one of those in a
+    suppress: token ids never sampled. The media placeholders must be among them: one of those in a
     completion makes the next forward pass look for a video that is not there.
     """
     b = len(prompts) * group_size

@@ -1,5 +1,4 @@
-"""From sampled completions to rewards: text score, answer span, confidence under the reference, SCRE /
-IGSR."""
+"""From sampled completions to rewards: text score, answer span, confidence under the reference, reward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,11 +38,12 @@ def score(rollout: Rollout, reference: Any, tokenizer: Any, *, group_size: int, 
     """Score a rollout.
 
     kind: "scre-igsr" rewards right answers by the reference's confidence in them (SCRE for strict rows, IGSR
-    for open ones); "accuracy" rewards by the text score alone.  Both log the same figures.
+    for open ones); "accuracy" rewards by the text score alone. Both log the same figures.
     """
     rows = [rollout.prompts[p].row for p in rollout.owner]
     text = [tokenizer.decode(ids) for ids in rollout.completions]
-    text_score = torch.tensor([row.text_score(t) for row, t in zip(rows, text, strict=True)])
+    verdicts = [row.verdict(t) for row, t in zip(rows, text, strict=True)]
+    text_score = torch.tensor([verdict.score for verdict in verdicts])
     found = rc.find_answer_spans(rollout.completions, tokenizer)
     hidden = forward(reference, rollout.prompts, rollout.completions, rollout.owner)
     logits = reference.get_output_embeddings()(hidden.states[hidden.completion_rows(rollout.completions)])
@@ -64,6 +64,7 @@ def score(rollout: Rollout, reference: Any, tokenizer: Any, *, group_size: int, 
         "confidence_mean": float(confidence.mean()),
         "completion_tokens_mean": sum(map(len, rollout.completions)) / len(rollout.completions),
         "answer_missing_share": sum(f.reason is not None for f in found) / len(found),
+        "answer_cut_share": sum(verdict.cut for verdict in verdicts) / len(verdicts),
         "scre_differs_share": _share((confidence - plain).abs()[answered] > 0.01),
         "igsr_bonus_share": _number(shares["bonus_share"]),
         "igsr_no_effect_share": _number(shares["no_effect_share"]),

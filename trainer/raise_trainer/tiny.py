@@ -26,8 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def _corpus() -> list[str]:
-    """Every sentence the world can say, without the combinations: enough for each word to become one
-    token."""
+    """Every sentence form of the world with every word: enough for each word to become one token."""
     text = [*world.QUESTION.values(), "Options: A. B. C. D.", "user\nassistant\n"]
     for words in zip(list(world.COLOURS) * 3, world.SHAPES * 4, list(world.DIRECTIONS) * 3, strict=True):
         text += [phrasing.format(*words) for phrasing in world.PHRASINGS]

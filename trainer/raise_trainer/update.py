@@ -1,5 +1,4 @@
-"""The two gradient steps: supervised next-token loss, and the GRPO policy loss.  The only file with
-`backward()`."""
+"""The two gradient steps, supervised and GRPO; the only file with `backward()`."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,6 +1,6 @@
 """The demo world: short videos of coloured shapes, questions about them, and chains that may lie.
 
-A scene is a few shapes on dark ground, 8 frames at 4 frames per second (2 s).  The ground gets bluer to the
+A scene is a few shapes on dark ground, 8 frames at 4 frames per second (2 s). The ground gets bluer to the
 right and greener to the bottom, so that a patch shows where it is: the vision tower knows no absolute
 position. Three kinds of scene:
 
@@ -44,8 +44,7 @@ TASKS_OF = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: its colour, the way it moves, where it starts and ends [pixels], and when it appears
-    [frames]."""
+    """One shape: where it starts and ends and its radius [pixels], when it appears [frames]."""
 
     colour: str
     shape: str
@@ -146,6 +145,12 @@ PROBLEM_TYPE = {
     **dict.fromkeys(("when", "count"), "numerical"),
     "describe": "free-form",
 }
+# The values each word of a claim can take, where no options list them.
+DOMAIN = {
+    "when": (WHEN,),
+    "count": (("1", "2", "3", "4"),),
+    "describe": (tuple(COLOURS), SHAPES, tuple(DIRECTIONS)),
+}
 CHAIN = {
     "colour": "the colour is {}",
     "shape": "the shape is a {}",
@@ -155,7 +160,7 @@ CHAIN = {
     "count": "there are {} shapes",
     "describe": "i see a {} {} moving {}",
 }
-# Several ways to say the same thing.  The references of a row are a sample of them, so a right description
+# Several ways to say the same thing. The references of a row are a sample of them, so a right description
 # scores below 1, and two right ones score differently.
 PHRASINGS = (
     "a {0} {1} moves {2}",
@@ -186,29 +191,11 @@ def claim(scene: Scene, task: str) -> tuple[str, ...]:
     raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
 
 
-def domain(scene: Scene, task: str) -> tuple[tuple[str, ...], ...]:
-    """The values each word of a claim can take in this scene."""
-    match task:
-        case "colour":
-            return (tuple(COLOURS),)
-        case "shape":
-            return (SHAPES,)
-        case "direction":
-            return (tuple(DIRECTIONS),)
-        case "first":
-            return (tuple(thing.colour for thing in scene.things),)
-        case "when":
-            return (WHEN,)
-        case "count":
-            return (("1", "2", "3", "4"),)
-    return tuple(COLOURS), SHAPES, tuple(DIRECTIONS)
-
-
 def false_claim(rng: random.Random, scene: Scene, task: str, options: Sequence[str]) -> tuple[str, ...]:
     """A claim that contradicts the video in one word; for multiple choice, another option's."""
     truth = list(claim(scene, task))
     i = rng.randrange(len(truth))
-    values = [o.split(". ", 1)[1] for o in options] or domain(scene, task)[i]
+    values = [o.split(". ", 1)[1] for o in options] or DOMAIN[task][i]
     truth[i] = rng.choice([value for value in values if value != truth[i]])
     return tuple(truth)
 
@@ -249,7 +236,7 @@ _WORDS = {word: i for i, words in enumerate((COLOURS, SHAPES, DIRECTIONS)) for w
 
 
 def task_of(data_source: str) -> str:
-    """The task a row's `data_source` names, "demo/colour" for example.  ValueError if it is none of ours."""
+    """The task a row's `data_source` names, "demo/colour" for example. ValueError if it is none of ours."""
     head, _, task = data_source.partition("/")
     if head != "demo" or task not in TASKS:
         raise ValueError(f"data_source {data_source!r}, expected 'demo/' and one of {', '.join(TASKS)}")
@@ -266,7 +253,7 @@ def answer_claim(task: str, answer: str, options: Sequence[str]) -> tuple[str, .
     """The claim an answer makes, or None when it makes none.
 
     A multiple-choice answer is one of the options as written, or its letter alone: a letter with another
-    option's text claims nothing.  Numbers are compared by value.  A description claims the one colour,
+    option's text claims nothing. Numbers are compared by value. A description claims the one colour,
     shape and direction it names.
     """
     answer = answer.strip()
