@@ -1,6 +1,7 @@
 """The demo's comparison: one warm start per seed, then three ways to go on from it with equal compute.
 
-    python -m bench arms --seeds 0 1 2
+    python -m bench arms --seeds 0 1 2      run and record
+    python -m bench arms --report           table and figure of what is recorded
 
     warm start      where all begin
     more sft        supervised steps, as many as cost the floating-point operations of the GRPO run
@@ -22,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,6 +44,13 @@ SHOWN = (
     "accuracy_open",
 )
 TRAINING = ("scre_differs_share", "igsr_bonus_share", "igsr_no_effect_share", "equal_groups_share")
+COLOURS = {
+    "warm start": "#555555",
+    "more sft": "#c9a227",
+    "grpo accuracy": "#c8553d",
+    "grpo scre-igsr": "#2a7f62",
+}
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "arms.svg"
 COUNTED_STEPS = 3  # steps whose operations are counted
 
 
@@ -130,23 +139,60 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy against Match: every seed's way from the warm start to the end of each arm."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    by = {(r["arm"], r["seed"]): r for r in records}
+    style = {"svg.hashsalt": "raise-core", "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
+        figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        for arm, colour in COLOURS.items():
+            points = [
+                (r["accuracy"], r["match"], by["warm start", s]) for (a, s), r in by.items() if a == arm
+            ]
+            for accuracy, match, begin in points if arm != "warm start" else ():
+                axis.plot(
+                    [begin["accuracy"], accuracy],
+                    [begin["match"], match],
+                    color=colour,
+                    alpha=0.35,
+                    linewidth=1,
+                )
+            axis.scatter(
+                [p[0] for p in points], [p[1] for p in points], color=colour, label=arm, s=42, zorder=3
+            )
+        axis.set_xlabel("held-out accuracy (8 samples a question, temperature 1)")
+        axis.set_ylabel("Match: the answer follows from the chain")
+        axis.legend(frameon=False, loc="lower left")
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Run the seeds asked for, add them to the results, print the table of those seeds."""
+    """Run the seeds asked for and add them to the results, or report on the results there are."""
     parser = argparse.ArgumentParser(prog="python -m bench arms", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=DemoConfig.threads)
     parser.add_argument("--smoke", action="store_true", help="sizes of seconds; nothing is written")
+    parser.add_argument("--report", action="store_true", help="run nothing: table and figure of the results")
     chosen = parser.parse_args(arguments)
+    if chosen.report:
+        recorded = [json.loads(line) for line in (RESULTS / "arms.jsonl").read_text().splitlines()]
+        FIGURE.parent.mkdir(exist_ok=True)
+        draw(recorded, FIGURE)
+        print(table(recorded))
+        return 0
     RESULTS.mkdir(exist_ok=True)
     torch.set_num_threads(chosen.threads)
     made_from = provenance()
     records: list[dict[str, Any]] = []
     for seed in chosen.seeds:
         made = run_seed(seed, DemoConfig(threads=chosen.threads, smoke=chosen.smoke))
-        some = [record | made_from for record in made]
-        records += some
+        records += [record | made_from for record in made]
         if not chosen.smoke:
             with (RESULTS / "arms.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(r) + "\n" for r in some)
+                file.writelines(json.dumps(r) + "\n" for r in records[-len(made) :])
     print(table(records))
     return 0

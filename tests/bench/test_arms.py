@@ -1,6 +1,7 @@
 """The comparison's table says means and paired changes, and its counter counts."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ def records() -> list[dict[str, object]]:
     for seed, (start, end) in enumerate([(0.40, 0.55), (0.50, 0.60)]):
         for arm, value in (("warm start", start), ("grpo scre-igsr", end)):
             made.append({"seed": seed, "arm": arm, **dict.fromkeys(arms.SHOWN, value)})
-        made[-1] |= {"scre_differs_share": 0.5, "igsr_bonus_share": 0.25, "equal_groups_share": 0.1}
+        made[-1] |= dict.fromkeys((*arms.TRAINING, "seconds"), 0.5)
     return made
 
 
@@ -22,7 +23,27 @@ def test_the_table_pairs_seeds() -> None:
     lines = arms.table(records()).splitlines()
     assert lines[0] == "| 2 seeds | warm start | grpo scre-igsr |"
     assert lines[2] == "| accuracy | 0.450 | 0.575 (+0.125; +0.100 to +0.150) |"
-    assert lines[-3] == "| scre differs share (training) |  | 0.500 |"
+    assert lines[-5] == "| scre differs share (training) |  | 0.500 |"
+
+
+def test_the_figure_is_drawn_from_records_and_repeats(tmp_path: Path) -> None:
+    arms.draw(records(), tmp_path / "a.svg")
+    arms.draw(records(), tmp_path / "b.svg")
+    drawn = (tmp_path / "a.svg").read_bytes()
+    assert drawn == (tmp_path / "b.svg").read_bytes() and drawn.count(b"<path") > 5
+
+
+def test_every_arm_has_a_colour_and_an_end_point() -> None:
+    assert [line.split("|")[1].strip() for line in arms.table(records()).splitlines()[2:9]] == [
+        key.replace("_", " ") for key in arms.SHOWN
+    ]
+    assert {"warm start", "more sft", "grpo accuracy", "grpo scre-igsr"} == set(arms.COLOURS)
+
+
+def test_attention_is_counted() -> None:
+    q = torch.ones(1, 2, 4, 8)
+    products = 2 * (2 * 2 * 4 * 4 * 8)  # two heads, two products of [4, 8] x [8, 4] and [4, 4] x [4, 8]
+    assert arms.operations(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == products
 
 
 def test_operations_of_a_matrix_product_are_counted() -> None:
