@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from raise_kernels import linear, native, reference
+from raise_kernels import _operator, linear, reference
 from raise_kernels._checks import Igsr, LogitMap, Scre, on_host
 
 if TYPE_CHECKING:
@@ -96,13 +96,15 @@ def chosen_impl(x: Tensor, impl: str = "auto") -> str:
         raise ValueError(
             f'impl="native" runs on the CPU, the tensors are on {x.device}; use "auto" or "triton"'
         )
-    if impl == "triton":
+    # Neither look-up can be traced; a graph that is being compiled finds triton missing when it runs.
+    tracing = torch.compiler.is_compiling()
+    if impl == "triton" and not tracing:
         _check_triton(kind)
     if impl != "auto":
         return impl
     if kind == "cpu":
         return "native"
-    if kind in ("cuda", "xpu") and find_spec("triton") is not None:
+    if kind in ("cuda", "xpu") and (tracing or find_spec("triton") is not None):
         return "triton"
     why = "triton is not installed" if kind in ("cuda", "xpu") else "there are no kernels for this device"
     if kind not in _announced:
@@ -173,12 +175,7 @@ def _stats(
 ) -> dict[str, Tensor]:
     if impl == "reference":
         return reference.token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
-    if impl == "native":
-        return native.token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
-    out: dict[str, Tensor] = _kernels("token_stats").token_stats(
-        logits, targets, rows=rows, how=how, want=want
-    )
-    return out
+    return _operator.token_stats(impl, logits, targets, rows=rows, how=how, want=want, topk=topk)
 
 
 def scre(
@@ -261,14 +258,14 @@ def confidence_rewards(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> Rewards:
-    """Rewards of packed answer spans: SCRE where strict, IGSR elsewhere. No gradient, no host sync.
+    """Rewards of packed answer spans: SCRE where strict, IGSR elsewhere. No gradient.
 
     spans: S spans over T tokens. score [S] in [0, 1]: text score; strict [S] bool. One source of
     log-probabilities: logits [..., V] (row spans.rows[t] predicts token t), hidden [..., D] with weight [V,
     D] (and bias [V]), or logp [T]. A strict reward is score * SCRE. An empty span and a wrong answer (score
     0) give 0; a score that is NaN or outside [0, 1] gives NaN. group_size: every group must be that many
     adjacent spans; else ValueError where the ids are on the CPU, and NaN for the spans of such a group where
-    only the device knows them.
+    only the device knows them. Triton never waits for the device, and takes at most 64 spans a group.
     """
     _check_source(logits, hidden, weight, logp)
     source = next(x for x in (logits, hidden, logp) if x is not None)

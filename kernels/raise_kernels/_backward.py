@@ -11,11 +11,10 @@ dz_i = p_i * (A + B * (z_i - lse)) + C + [i = y] * H,    then dx_i = dz_i * dz/d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from raise_kernels._checks import DIFFERENTIABLE, LogitMap
 
@@ -73,61 +72,3 @@ class Engine(NamedTuple):
 
     forward: Callable[[Tensor, Tensor, Tensor | None, LogitMap, tuple[str, ...], int], dict[str, Tensor]]
     backward: Callable[[Tensor, Tensor, Tensor | None, Normaliser, Coefficients, LogitMap], Tensor]
-
-
-class _TokenStats(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        y: Tensor,
-        rows: Tensor | None,
-        how: LogitMap,
-        names: tuple[str, ...],
-        topk: int,
-        engine: Engine,
-    ) -> tuple[Tensor, ...]:
-        extra = (
-            "top",
-            "max_logp",
-            *(("entropy", "count") if {"entropy", "self_certainty"} & set(names) else ()),
-        )
-        stats = engine.forward(logits, y, rows, how, tuple(dict.fromkeys((*names, *extra))), topk)
-        ctx.save_for_backward(logits, y, rows, *(stats[name].clone() for name in extra))
-        ctx.how, ctx.names, ctx.engine = how, names, engine
-        ctx.set_materialize_grads(False)
-        out = tuple(stats[name].clone() for name in names)
-        frozen = (v for name, v in zip(names, out, strict=True) if name not in DIFFERENTIABLE)
-        ctx.mark_non_differentiable(*frozen)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, y, rows, top, max_logp, *moments = ctx.saved_tensors
-        norm = Normaliser(top, max_logp)
-        entropy, count = moments or (None, None)
-        given = dict(zip(ctx.names, grads, strict=True))
-        weights = coefficients(given, norm, entropy, count, y != ctx.how.ignore_index)
-        grad = ctx.engine.backward(logits, y, rows, norm, weights, ctx.how)
-        return grad, None, None, None, None, None, None
-
-
-def run(
-    engine: Engine,
-    logits: Tensor,
-    targets: Tensor,
-    rows: Tensor | None,
-    how: LogitMap,
-    names: tuple[str, ...],
-    topk: int = 0,
-) -> dict[str, Tensor]:
-    """Each name with the shape of targets; with a gradient when logits wants one."""
-    y = targets.reshape(-1).long()
-    n = None if rows is None else rows.long()
-    if torch.is_grad_enabled() and logits.requires_grad:
-        values = _TokenStats.apply(logits, y, n, how, names, topk, engine)
-    else:
-        stats = engine.forward(logits.detach(), y, n, how, names, topk)
-        values = tuple(stats[name] for name in names)
-    return {name: value.view(targets.shape) for name, value in zip(names, values, strict=True)}

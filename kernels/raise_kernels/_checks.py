@@ -64,13 +64,14 @@ class LogitMap:
 
 
 def _positive(name: str, value: float, otherwise: str = "1.0 for no change") -> None:
-    if not (math.isfinite(value) and value > 0):
+    # Comparisons, unlike math.isfinite, can be traced by torch.compile with a symbolic value.
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}; give a finite number above 0, or {otherwise}")
 
 
 def check_rate(name: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
     """Refuse a scalar option that is not a finite number in [low, high]."""
-    if not (math.isfinite(value) and low <= value <= high):
+    if not (low <= value <= high and value < math.inf):
         raise ValueError(f"{name} is {value}; give a finite number in [{low}, {high}]")
 
 

@@ -1,4 +1,4 @@
-"""How a view of logits is addressed without a copy."""
+"""How a view of logits is addressed without a copy, and how many of its rows the CPU takes at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 WARPS = 4  # of every program that streams logits
+BLOCK = 4 * 151936  # elements in flight on the CPU, unless that is fewer than 4 or more than MOST_ROWS rows
+MOST_ROWS = 256
 
 
 class Layout(NamedTuple):
@@ -42,3 +44,8 @@ def alignment(logits: Tensor, layout: Layout) -> int:
     item = logits.element_size()
     aligned = logits.data_ptr() % 16 == 0 and all(s * item % 16 == 0 for s in layout.strides)
     return 16 // item if aligned else 1
+
+
+def block_rows(columns: int) -> int:
+    """Rows in flight, by the vocabulary alone; docs/kernels.md has the measurement."""
+    return min(max(BLOCK // columns, 4), MOST_ROWS)

@@ -90,7 +90,7 @@ def variants(target: Target, quick: bool) -> Iterator[Variant]:
     for dtype, level, capped, rows in itertools.product(dtypes, range(3), flags, flags):
         if quick and (capped or not rows):
             continue
-        u, w = token_stats.tile(target.gpu.warp_size, level, ITEM[dtype])
+        u, w = token_stats.tile(target.gpu.warp_size, capped, level, ITEM[dtype])
         constants = dict(
             stride_v=1, HAS_ROWS=rows, CAPPED=capped, UNIT=True, ALIGN=16 // ITEM[dtype], LEVEL=level,
             SPLIT=token_stats.SPLIT, U=u, W=w,

@@ -210,8 +210,8 @@ class SpanRewards(NamedTuple):
 
 
 def group_warps(lanes: int) -> int:
-    """Warps of a program whose tiles are [lanes, lanes]."""
-    return 8 if lanes > 32 else 4
+    """Warps of a program whose tiles are [lanes, lanes]; others make some variants spill (aot.py)."""
+    return 8 if lanes > 32 else 2
 
 
 class _Groups(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raise_kernels._checks import PLAIN, LogitMap, check_index, check_want
-from raise_kernels.native import block_rows
+from raise_kernels._layout import block_rows
 
 ROWS = 32  # rows whose logits exist at one time, or more of a small vocabulary
 COLUMNS = 8192  # vocabulary rows that are widened to fp32 at one time

@@ -16,22 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from raise_kernels._backward import Coefficients, Engine, Normaliser, run
-from raise_kernels._checks import PLAIN, LogitMap, check_stats, check_want
+from raise_kernels import _operator
+from raise_kernels._backward import Coefficients, Engine, Normaliser
+from raise_kernels._checks import PLAIN, LogitMap
+from raise_kernels._layout import block_rows
 
-BLOCK = 4 * 151936  # elements in flight, unless that is fewer than 4 or more than MOST_ROWS rows
-MOST_ROWS = 256
 CALL = (
     16384  # elements of several rows that one call may cover: half of what PyTorch starts a second thread for
 )
 VECTOR = 64  # elements; a multiple of what any of PyTorch's vector loops takes at a time
 LOG2_E = math.log2(math.e)  # exp(x) is computed as 2^(x log2 e): PyTorch's exp2 costs a third of its exp
 INF = math.inf
-
-
-def block_rows(columns: int) -> int:
-    """Rows in flight, by the vocabulary alone; docs/kernels.md has the measurement."""
-    return min(max(BLOCK // columns, 4), MOST_ROWS)
 
 
 class Block:
@@ -229,7 +224,7 @@ def store(into: Tensor, rows: Tensor, dz: Tensor, repeated: bool) -> None:
                 into[n].copy_(row)
 
 
-NATIVE = Engine(stats_forward, stats_backward)
+ENGINE = Engine(stats_forward, stats_backward)
 
 
 def token_stats(
@@ -246,10 +241,4 @@ def token_stats(
     The gradient is recomputed from the saved log-normaliser; beside it, no tensor of the size of the logits
     is made in either direction. fp64 logits are computed in fp64, all others in fp32.
     """
-    names = check_want(want)
-    check_stats(logits, targets, rows)
-    if logits.device.type != "cpu":
-        raise ValueError(f'logits is on {logits.device}; impl="native" runs on the CPU, use impl="triton"')
-    if topk < 1:
-        raise ValueError(f"topk is {topk}; give at least 1")
-    return run(NATIVE, logits, targets, rows, how, names, topk)
+    return _operator.token_stats("native", logits, targets, rows=rows, how=how, want=want, topk=topk)

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raise_kernels._backward import Engine, run
-from raise_kernels._checks import PLAIN, LogitMap, check_stats, check_want
+from raise_kernels import _operator
+from raise_kernels._backward import Engine
+from raise_kernels._checks import PLAIN, LogitMap
 from raise_kernels._layout import WARPS, alignment, fold_leading_axes
 from raise_kernels._tiles import (
     column,
@@ -41,9 +42,14 @@ from raise_kernels.token_stats_backward import stats_backward
 
 SPLIT = 16384  # columns of one program; a power of two and a multiple of every tile
 ROWS = 64  # rows that one merging program joins
-# Columns of a lane in one tile, by threads of a warp and level. More of them share the exponential of one
-# rescaling and need more registers: of gfx9's scalar ones two for each column that is tested for a mask.
-COLUMNS = {32: (8, 8, 4), 64: (8, 2, 2)}
+# Columns of a lane in one tile, by threads of a warp, softcap and level: more share the exponential of one
+# rescaling and need more registers, of gfx9's scalar ones two for each column that is tested for a mask.
+COLUMNS = {
+    (32, False): (8, 8, 4),
+    (32, True): (8, 8, 2),
+    (64, False): (8, 2, 2),
+    (64, True): (4, 2, 2),
+}
 
 # What each level computes; a level includes those below it.
 LEVELS = (("logp", "lse", "max_logp", "top"), ("entropy", "self_certainty", "count"), ("varentropy", "rank"))
@@ -217,15 +223,12 @@ class Partials(NamedTuple):
 
 def level_of(want: Sequence[str]) -> int:
     """The cheapest level that gives every name in `want`."""
-    for name in want:
-        if not any(name in names for names in LEVELS):
-            raise ValueError(f'want names {name!r}, which only impl="reference" computes')
     return max(k for k, names in enumerate(LEVELS) if set(names) & set(want))
 
 
-def tile(warp_size: int, level: int, item: int) -> tuple[int, int]:
+def tile(warp_size: int, capped: bool, level: int, item: int) -> tuple[int, int]:
     """(U, W) of a tile of logits of `item` bytes, such that each thread makes 128-bit loads."""
-    return COLUMNS[warp_size][level], WARPS * warp_size * (16 // item)
+    return COLUMNS[warp_size, capped][level], WARPS * warp_size * (16 // item)
 
 
 def partial_stats(
@@ -241,7 +244,8 @@ def partial_stats(
     part = torch.empty(FIELDS[level], splits, count, dtype=torch.float32, device=logits.device)
     z_y = torch.empty(count, dtype=torch.float32, device=logits.device)
     a, b = how.factors
-    u, w = tile(64 if torch.version.hip else 32, level, logits.element_size())
+    capped = how.softcap is not None
+    u, w = tile(64 if torch.version.hip else 32, capped, level, logits.element_size())
     _stats_kernel[(splits * count,)](
         logits,
         targets,
@@ -259,7 +263,7 @@ def partial_stats(
         a,
         b,
         HAS_ROWS=rows is not None,
-        CAPPED=how.softcap is not None,
+        CAPPED=capped,
         UNIT=logits.stride(-1) == 1,
         ALIGN=alignment(logits, layout),
         LEVEL=level,
@@ -305,7 +309,7 @@ def stats_forward(
     return merge(partial_stats(logits, y, None if rows is None else rows.contiguous(), how, level))
 
 
-TRITON = Engine(stats_forward, stats_backward)
+ENGINE = Engine(stats_forward, stats_backward)
 
 
 def token_stats(
@@ -321,11 +325,4 @@ def token_stats(
     logits [..., V] fp32, bf16 or fp16 with any strides, never copied; targets and rows int64 or int32. The
     gradient has the dtype of logits. Does not compute `topk_logp_mean`.
     """
-    names = check_want(want)
-    level_of(names)
-    check_stats(logits, targets, rows)
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f'logits is {logits.dtype}; give fp32, bf16 or fp16, or use impl="native" or "reference"'
-        )
-    return run(TRITON, logits, targets, rows, how, names)
+    return _operator.token_stats("triton", logits, targets, rows=rows, how=how, want=want)

@@ -153,5 +153,5 @@ def test_a_second_derivative_is_refused() -> None:
     logits = torch.randn(2, 9, requires_grad=True)
     logp = native.token_stats(logits, torch.tensor([1, 2]))["logp"]
     (grad,) = torch.autograd.grad(logp.sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         grad.sum().backward()

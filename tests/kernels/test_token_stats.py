@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raise_kernels import native, reference
 from raise_kernels._checks import DIFFERENTIABLE, PLAIN, STATS, LogitMap
+from raise_kernels._layout import block_rows
 from tests.budget import assert_exact, assert_within_error_budget
 from tests.kernels.cases import DTYPES, IGNORED, IMPLS, judge, names_of, rows_of_logits
 
@@ -170,7 +171,7 @@ def test_a_row_alone_equals_the_row_in_any_batch(impl: str, dtype: torch.dtype, 
 @pytest.mark.parametrize("vocab", [1, 7, 500, 513])
 @pytest.mark.parametrize("how", [PLAIN, LogitMap(temperature=0.7, softcap=20.0)])
 def test_a_row_of_a_small_vocabulary_equals_the_row_in_several_blocks(vocab: int, how: LogitMap) -> None:
-    count = native.block_rows(vocab) + 3
+    count = block_rows(vocab) + 3
     logits = torch.randn(count, vocab) * 4
     logits[::5, : vocab // 2] = -INF
     y = torch.full((count,), vocab - 1)
@@ -184,7 +185,7 @@ def test_a_row_of_a_small_vocabulary_equals_the_row_in_several_blocks(vocab: int
 
 
 def test_native_takes_more_rows_at_a_time_of_a_smaller_vocabulary() -> None:
-    assert [native.block_rows(v) for v in (10**6, 151936, 32000, 500)] == [4, 4, 18, 256]
+    assert [block_rows(v) for v in (10**6, 151936, 32000, 500)] == [4, 4, 18, 256]
 
 
 @fast_impl
@@ -269,7 +270,7 @@ def test_native_makes_nothing_of_the_size_of_the_logits(dtype: torch.dtype) -> N
     logits = torch.randn(rows, vocab).to(dtype)
     with _Largest(logits) as seen:
         native.token_stats(logits, torch.randint(0, vocab, (rows,)), want=STATS)
-    largest = 4 * (native.block_rows(vocab) + 1) * (vocab + native.VECTOR)
+    largest = 4 * (block_rows(vocab) + 1) * (vocab + native.VECTOR)
     assert seen.numel <= largest < logits.numel()
 
 

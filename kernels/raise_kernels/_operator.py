@@ -1,0 +1,136 @@
+"""Token statistics as one PyTorch operator with a gradient, which compiled graphs and fake tensors know.
+
+    raise_kernels::token_stats(logits, y, rows, ..., names, topk, engine) -> [K, T], one row a name
+
+The operator is opaque: what it saves for the gradient is the logits, which exist anyway, and [K, T] numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raise_kernels._backward import Engine, Normaliser, coefficients
+from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap, check_stats, check_want
+
+_OPTIONS = (
+    "float temperature, float logit_scale, float? softcap, int? valid_vocab, int ignore_index, "
+    "str names, int topk, str engine"
+)
+_MODULES = {"native": "raise_kernels.native", "triton": "raise_kernels.token_stats"}
+
+
+def _engine(name: str) -> Engine:
+    engine: Engine = import_module(_MODULES[name]).ENGINE
+    return engine
+
+
+def _map(options: tuple[Any, ...]) -> LogitMap:
+    temperature, logit_scale, softcap, valid_vocab, ignore_index = options
+    return LogitMap(
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        valid_vocab=valid_vocab,
+        ignore_index=ignore_index,
+    )
+
+
+@torch.library.custom_op(
+    "raise_kernels::token_stats",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor y, Tensor? rows, {_OPTIONS}) -> Tensor",
+)
+def _forward(logits: Tensor, y: Tensor, rows: Tensor | None, *options: Any) -> Tensor:
+    *how, names, topk, engine = options
+    wanted = tuple(names.split(","))
+    stats = _engine(engine).forward(logits, y, rows, _map(tuple(how)), wanted, topk)
+    return torch.stack([stats[name] for name in wanted])
+
+
+@torch.library.custom_op(
+    "raise_kernels::token_stats_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor stats, Tensor logits, Tensor y, Tensor? rows, {_OPTIONS}) -> Tensor",
+)
+def _backward(
+    grad: Tensor, stats: Tensor, logits: Tensor, y: Tensor, rows: Tensor | None, *options: Any
+) -> Tensor:
+    *scalars, names, _, engine = options
+    how = _map(tuple(scalars))
+    value = dict(zip(names.split(","), stats, strict=True))
+    given = {name: g for name, g in zip(value, grad, strict=True) if name in DIFFERENTIABLE}
+    norm = Normaliser(value["top"], value["max_logp"])
+    scored = y != how.ignore_index
+    weights = coefficients(given, norm, value.get("entropy"), value.get("count"), scored)
+    return _engine(engine).backward(logits, y, rows, norm, weights, how)
+
+
+@_forward.register_fake
+def _(logits: Tensor, y: Tensor, rows: Tensor | None, *options: Any) -> Tensor:
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty((options[5].count(",") + 1, y.shape[0]), dtype=wide)
+
+
+@_backward.register_fake
+def _(grad: Tensor, stats: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, y, rows, *ctx.options = inputs
+    ctx.save_for_backward(output, logits, y, rows)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dx = torch.ops.raise_kernels.token_stats_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return dx, None, None, *(None for _ in ctx.options)
+
+
+_forward.register_autograd(_gradient, setup_context=_setup_context)
+
+
+def token_stats(
+    engine: str,
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    rows: Tensor | None = None,
+    how: LogitMap = PLAIN,
+    want: Sequence[str] = ("logp",),
+    topk: int = 20,
+) -> dict[str, Tensor]:
+    """As `reference.token_stats`, by the engine "native" or "triton"; differentiable once in logits."""
+    names = check_want(want)
+    if engine == "triton" and "topk_logp_mean" in names:
+        raise ValueError('want names "topk_logp_mean", which impl="native" and impl="reference" compute')
+    check_stats(logits, targets, rows)
+    if engine == "triton" and logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f'logits is {logits.dtype}; give fp32, bf16 or fp16, or use impl="native" or "reference"'
+        )
+    if engine == "native" and logits.device.type != "cpu":
+        raise ValueError(f'logits is on {logits.device}; impl="native" runs on the CPU, use impl="triton"')
+    if topk < 1:
+        raise ValueError(f"topk is {topk}; give at least 1")
+    y = targets.reshape(-1).long()
+    n = None if rows is None else rows.long()
+    asked = names
+    differentiable = torch.is_grad_enabled() and logits.requires_grad
+    if differentiable:
+        moments = ("entropy", "count") if {"entropy", "self_certainty"} & set(names) else ()
+        asked = tuple(dict.fromkeys((*names, "top", "max_logp", *moments)))
+    stats = torch.ops.raise_kernels.token_stats(
+        logits, y, n, how.temperature, how.logit_scale, how.softcap, how.valid_vocab, how.ignore_index,
+        ",".join(asked), topk, engine,
+    )  # fmt: skip
+    out = {}
+    for name, value in zip(names, stats, strict=False):
+        # The gradient needs the values as they are now, whatever the caller does with his.
+        kept = value.clone() if differentiable else value
+        out[name] = (kept if name in DIFFERENTIABLE else kept.detach()).view(targets.shape)
+    return out
