@@ -273,6 +273,12 @@ def span_rewards(
     real = torch.empty(5, count, dtype=torch.float32, device=logp.device)
     bins = torch.empty(count, dtype=torch.int64, device=logp.device)
     applied = torch.empty(count, dtype=torch.bool, device=logp.device)
+    if group_size is None:
+        # A group that only the device sees to be too large has spans without a lane.
+        for out, nothing in ((real, math.nan), (bins, -1), (applied, False)):
+            out.fill_(nothing)
+        if partials is not None:
+            logp.fill_(math.nan)
     if count:
         groups = _arrange(group, group_size)
         logp = logp.contiguous()

@@ -77,6 +77,23 @@ def test_groups_that_only_the_device_sees_to_be_broken_are_nan(group: list[int])
     assert not got[whole].isnan().any()
 
 
+def test_a_group_that_only_the_device_sees_to_be_too_large_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = groups_of(2, 36)
+    group = torch.where(torch.arange(72) < 70, 5, 3)
+    case = case._replace(group=group, strict=torch.zeros(72, dtype=torch.bool))
+    logits, rows = torch.randn(len(case.logp), 20), torch.arange(len(case.logp))
+    y = torch.randint(0, 20, rows.shape)
+    monkeypatch.setattr(confidence, "on_host", lambda *_: False)
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: torch.full(size, 7, **how))
+    logp, got = confidence.confidence_rewards(logits, rows, y, None, *case[1:])
+    assert got.reward[:70].isnan().all() and not got.reward[70:].isnan().any()
+    unseen = slice(64, 70)
+    assert got.confidence[unseen].isnan().all() and (got.bin[unseen] == -1).all()
+    assert not got.applied[unseen].any()
+    assert logp[case.offsets[64] : case.offsets[70]].isnan().all()
+    assert not logp[: case.offsets[64]].isnan().any() and not logp[case.offsets[70] :].isnan().any()
+
+
 class _Counter:
     def __init__(self) -> None:
         self.launches = 0
