@@ -1,6 +1,6 @@
 """Reward operations over packed answer spans, and the choice of what runs them.
 
-    impl="auto"        Triton for CUDA, HIP and XPU tensors, native for CPU tensors, else the reference
+    impl="auto"        CUDA, HIP and XPU tensors: triton; CPU tensors: native; anything else: the reference
     impl="triton"      Triton kernels; on CPU tensors only under TRITON_INTERPRET=1
     impl="native"      PyTorch on the CPU, in blocks; span rewards are the reference's own lines
     impl="reference"   the definition, in plain PyTorch, anywhere, fp64-capable
@@ -255,7 +255,6 @@ def confidence_rewards(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     valid_vocab: int | None = None,
-    ignore_index: int = -100,
     impl: str = "auto",
 ) -> Rewards:
     """Rewards of packed answer spans: SCRE where strict, IGSR elsewhere. No gradient.
@@ -265,7 +264,8 @@ def confidence_rewards(
     D] (and bias [V]), or logp [T]. A strict reward is score * SCRE. An empty span and a wrong answer (score
     0) give 0; a score that is NaN or outside [0, 1] gives NaN. group_size: every group must be that many
     adjacent spans; else ValueError where the ids are on the CPU, and NaN for the spans of such a group where
-    only the device knows them. Triton never waits for the device, and takes at most 64 spans a group.
+    only the device knows them. Triton never waits for the device, and takes at most 64 spans a group. The
+    other options are those of `scre`, `igsr` and `token_stats`; no token of a span is ever ignored.
     """
     _check_source(logits, hidden, weight, logp)
     source = next(x for x in (logits, hidden, logp) if x is not None)
@@ -277,13 +277,11 @@ def confidence_rewards(
         logit_scale=logit_scale,
         softcap=softcap,
         valid_vocab=valid_vocab,
-        ignore_index=ignore_index,
     )
     check_groups(spans.group, group_size)
     if hidden is not None and weight is not None:
-        one = "native" if chosen == "native" else chosen
         logp = linear.linear_token_stats(
-            lambda x, y, how, want: _stats(x, y, None, how, want, 20, one),
+            lambda x, y, how, want: _stats(x, y, None, how, want, 20, chosen),
             hidden, weight, spans.targets, bias=bias, rows=spans.rows, how=how,
         )["logp"]  # fmt: skip
     if chosen == "triton":

@@ -182,3 +182,17 @@ def test_wrong_arguments(change: dict[str, object], match: str) -> None:
     arguments: dict[str, object] = {"logits": logits} | change
     with pytest.raises(ValueError, match=match):
         ops.confidence_rewards(spans, score, strict, **arguments)
+
+
+@pytest.mark.parametrize("variant", ["paper", "balanced"])
+def test_confidence_changes_nothing_where_no_bin_has_two_rewards(variant: str) -> None:
+    """One group of three lone rows, one whose two rows of a bin differ in confidence alone."""
+    logp = torch.tensor([-0.1, -0.5, -0.9, -0.1, -1.5, -0.3])
+    spans = Spans(
+        *(torch.tensor(x) for x in ([0] * 6, [0] * 6, list(range(7)), [0] * 3 + [1] * 3, list(range(6))))
+    )
+    score = torch.tensor([0.15, 0.45, 0.95, 0.5, 0.5, 0.9])
+    got = ops.confidence_rewards(spans, score, torch.zeros(6, dtype=torch.bool), logp=logp, variant=variant)
+    assert float(got.metrics()["no_effect_share"]) == 0.5
+    lifted = (got.parts["bonus"] > 0) & got.parts["is_bonus"]
+    assert got.metrics()["bonus_share"] == lifted.float().mean() and lifted.any()
