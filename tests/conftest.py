@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 # The interpreter computes with numpy, which warns where an infinity or a NaN is made on purpose.
 numpy.seterr(all="ignore")
 
-hypothesis.settings.register_profile("short", max_examples=8, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("short", max_examples=20, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("RAISE_FUZZ", "short"))
 

@@ -49,7 +49,7 @@ class DemoConfig:
     max_new_tokens: int = 28
     """longest completion, in tokens"""
     temperature: float = 1.0
-    """of the sampling; confidence is always taken at 1"""
+    """of the sampling; the update and the confidence are always taken at 1"""
     grpo_lr: float = 5e-4
     """learning rate of the GRPO steps"""
     loss: Literal["grpo", "dapo", "dr_grpo"] = "dr_grpo"
