@@ -72,3 +72,23 @@ class Engine(NamedTuple):
 
     forward: Callable[[Tensor, Tensor, Tensor | None, LogitMap, tuple[str, ...], int], dict[str, Tensor]]
     backward: Callable[[Tensor, Tensor, Tensor | None, Normaliser, Coefficients, LogitMap], Tensor]
+
+
+class LinearGradient(NamedTuple):
+    """Gradients of hidden [..., D], weight [V, D] and bias [V] in their dtypes; None where not asked for."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class LinearEngine(NamedTuple):
+    """One implementation of the statistics of hidden @ weight.T + bias over flat y [T] and rows [T].
+
+    forward(hidden, weight, bias, y, rows, how, names, topk, memory) -> {name: [T]}, the names of `Engine`.
+    backward(hidden, weight, bias, y, rows, normaliser, weights, how, needs, memory) -> gradients; needs: one
+    bool each for hidden, weight and bias. memory: bytes that may be allocated beside inputs and results.
+    """
+
+    forward: Callable[..., dict[str, Tensor]]
+    backward: Callable[..., LinearGradient]

@@ -134,7 +134,7 @@ def test_chosen_impl() -> None:
 
 
 def test_a_fallback_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_announced", set())
+    monkeypatch.setattr(ops.impl, "_announced", set())
     elsewhere = torch.zeros(1, device="meta")
     with pytest.warns(UserWarning, match="reference implementation on meta"):
         assert ops.chosen_impl(elsewhere) == "reference"

@@ -1,53 +1,20 @@
-"""Reward operations over packed answer spans, and the choice of what runs them.
-
-    impl="auto"        CUDA, HIP and XPU tensors: triton; CPU tensors: native; anything else: the reference
-    impl="triton"      Triton kernels; on CPU tensors only under TRITON_INTERPRET=1
-    impl="native"      PyTorch on the CPU, in blocks; span rewards are the reference's own lines
-    impl="reference"   the definition, in plain PyTorch, anywhere, fp64-capable
-
-A fallback is announced once; `chosen_impl` says beforehand what a call will run.
-"""
+"""Rewards of packed answer spans: SCRE, IGSR, and both straight from logits or hidden states."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from raise_kernels import _operator, linear, reference
+from raise_core.ops.impl import chosen_impl, kernels
+from raise_core.ops.stats import run_stats
+from raise_kernels import linear, reference
 from raise_kernels._checks import Igsr, LogitMap, Scre, on_host
 
 if TYPE_CHECKING:
     from raise_core.spans import Spans
-
-IMPLS = ("auto", "triton", "native", "reference")
-_announced: set[str] = set()
-
-
-@dataclass(frozen=True)
-class TokenStats:
-    """Statistics of each scored row: one tensor with the shape of targets per wanted name, None for the rest.
-
-    logp, lse, entropy, max_logp and topk_logp_mean are in nats, self_certainty and varentropy in nats and
-    nats squared, rank counts the columns with a larger logit than the target's. fp32 (fp64 for fp64 logits on
-    the CPU). A row that is not scored (`ignore_index`) holds 0; a row without a result holds NaN: no finite
-    logit, a NaN or +inf, a target outside the vocabulary, a row number outside the logits.
-    """
-
-    logp: Tensor | None = None
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    self_certainty: Tensor | None = None
-    max_logp: Tensor | None = None
-    varentropy: Tensor | None = None
-    rank: Tensor | None = None
-    topk_logp_mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,100 +51,6 @@ class Rewards:
         }
 
 
-def chosen_impl(x: Tensor, impl: str = "auto") -> str:
-    """The implementation that a call on x runs: "triton", "native" or "reference".
-
-    Raises ValueError for an implementation that is unknown or cannot run on x's device here.
-    """
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}; give one of {IMPLS}")
-    kind = x.device.type
-    if impl == "native" and kind != "cpu":
-        raise ValueError(
-            f'impl="native" runs on the CPU, the tensors are on {x.device}; use "auto" or "triton"'
-        )
-    # Neither look-up can be traced; a graph that is being compiled finds triton missing when it runs.
-    tracing = torch.compiler.is_compiling()
-    if impl == "triton" and not tracing:
-        _check_triton(kind)
-    if impl != "auto":
-        return impl
-    if kind == "cpu":
-        return "native"
-    if kind in ("cuda", "xpu") and (tracing or find_spec("triton") is not None):
-        return "triton"
-    why = "triton is not installed" if kind in ("cuda", "xpu") else "there are no kernels for this device"
-    if kind not in _announced:
-        _announced.add(kind)
-        warnings.warn(f"raise_core runs its reference implementation on {kind}: {why}", stacklevel=3)
-    return "reference"
-
-
-def _check_triton(kind: str) -> None:
-    if find_spec("triton") is None:
-        raise ValueError('impl="triton" needs the package triton, which is not installed; use impl="auto"')
-    if kind == "cpu" and not import_module("triton").knobs.runtime.interpret:
-        raise ValueError(
-            'impl="triton" on CPU tensors runs in the Triton interpreter only: set TRITON_INTERPRET=1 before '
-            'triton is first imported, or use impl="native"'
-        )
-
-
-def _kernels(name: str) -> Any:
-    """A module of Triton kernels, imported at first use: `import raise_core` works without triton."""
-    return import_module(f"raise_kernels.{name}")
-
-
-def token_stats(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    rows: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    valid_vocab: int | None = None,
-    ignore_index: int = -100,
-    want: Sequence[str] = ("logp",),
-    topk: int = 20,
-    impl: str = "auto",
-) -> TokenStats:
-    """Statistics of softmax(z) for each scored row, from one read of the logits.
-
-        z = softcap * tanh(logit_scale * logits / softcap) / temperature         (no tanh without a softcap)
-        logp = z[y] - lse      entropy = -sum p log p      self_certainty = lse - mean z - log V'      (nats)
-
-    logits [..., V], any float dtype and strides; targets [...] int64 or int32. With rows [T], only those rows
-    of the flattened leading axes are scored and targets is [T]. valid_vocab: columns from there on are
-    padding. want: names of `TokenStats`. topk: k of topk_logp_mean (DeepConf), "native" and "reference" only.
-    Differentiable in logits through logp, lse, entropy and self_certainty. Raises ValueError or TypeError for
-    arguments that do not fit; what only the data shows gives NaN for its row.
-    """
-    how = LogitMap(
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        valid_vocab=valid_vocab,
-        ignore_index=ignore_index,
-    )
-    stats = _stats(logits, targets, rows, how, want, topk, chosen_impl(logits, impl))
-    return TokenStats(**stats)
-
-
-def _stats(
-    logits: Tensor,
-    targets: Tensor,
-    rows: Tensor | None,
-    how: LogitMap,
-    want: Sequence[str],
-    topk: int,
-    impl: str,
-) -> dict[str, Tensor]:
-    if impl == "reference":
-        return reference.token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
-    return _operator.token_stats(impl, logits, targets, rows=rows, how=how, want=want, topk=topk)
-
-
 def scre(
     logp: Tensor,
     offsets: Tensor,
@@ -197,7 +70,7 @@ def scre(
     """
     how = Scre(eta=eta, lam=lam, first_index=first_index, normalize=normalize)
     if chosen_impl(logp, impl) == "triton":
-        out: Tensor = _kernels("scre").scre(logp, offsets, how)
+        out: Tensor = kernels("scre").scre(logp, offsets, how)
         return out
     return reference.scre(logp, offsets, how)
 
@@ -225,7 +98,7 @@ def igsr(
     """
     how = Igsr(tau=tau, delta=delta, penalty=penalty, min_bonus=min_bonus, variant=variant)
     if chosen_impl(logp, impl) == "triton":
-        out: Tensor = _kernels("igsr").igsr(logp, offsets, score, group, how)
+        out: Tensor = kernels("igsr").igsr(logp, offsets, score, group, how)
         return out
     return reference.igsr(logp, offsets, score, group, how)
 
@@ -281,17 +154,17 @@ def confidence_rewards(
     check_groups(spans.group, group_size)
     if hidden is not None and weight is not None:
         logp = linear.linear_token_stats(
-            lambda x, y, how, want: _stats(x, y, None, how, want, 20, chosen),
+            lambda x, y, how, want: run_stats(x, y, None, how, want, 20, chosen),
             hidden, weight, spans.targets, bias=bias, rows=spans.rows, how=how,
         )["logp"]  # fmt: skip
     if chosen == "triton":
-        logp, result = _kernels("confidence").confidence_rewards(
+        logp, result = kernels("confidence").confidence_rewards(
             logits, spans.rows, spans.targets, logp, spans.offsets, score, strict, spans.group,
             group_size, how, scre_how, igsr_how,
         )  # fmt: skip
     else:
         if logp is None and logits is not None:
-            logp = _stats(logits, spans.targets, spans.rows, how, ("logp",), 20, chosen)["logp"]
+            logp = run_stats(logits, spans.targets, spans.rows, how, ("logp",), 20, chosen)["logp"]
         assert logp is not None
         result = reference.span_rewards(logp, spans.offsets, score, strict, spans.group, scre_how, igsr_how)
     parts = {

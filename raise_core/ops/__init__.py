@@ -1,0 +1,16 @@
+"""Operations on tensors: the only folder of raise_core that imports raise_kernels."""
+
+from raise_core.ops.impl import chosen_impl
+from raise_core.ops.rewards import Rewards, check_groups, confidence_rewards, igsr, scre
+from raise_core.ops.stats import TokenStats, token_stats
+
+__all__ = [
+    "Rewards",
+    "TokenStats",
+    "check_groups",
+    "chosen_impl",
+    "confidence_rewards",
+    "igsr",
+    "scre",
+    "token_stats",
+]

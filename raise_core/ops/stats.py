@@ -1,0 +1,83 @@
+"""Statistics of each scored token, from logits or from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from raise_core.ops.impl import chosen_impl
+from raise_kernels import _operator, reference
+from raise_kernels._checks import LogitMap
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Statistics of each scored row: one tensor with the shape of targets per wanted name, None for the rest.
+
+    logp, lse, entropy, max_logp and topk_logp_mean are in nats, self_certainty and varentropy in nats and
+    nats squared, rank counts the columns with a larger logit than the target's. fp32 (fp64 for fp64 logits on
+    the CPU). A row that is not scored (`ignore_index`) holds 0; a row without a result holds NaN: no finite
+    logit, a NaN or +inf, a target outside the vocabulary, a row number outside the logits.
+    """
+
+    logp: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    self_certainty: Tensor | None = None
+    max_logp: Tensor | None = None
+    varentropy: Tensor | None = None
+    rank: Tensor | None = None
+    topk_logp_mean: Tensor | None = None
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    ignore_index: int = -100,
+    want: Sequence[str] = ("logp",),
+    topk: int = 20,
+    impl: str = "auto",
+) -> TokenStats:
+    """Statistics of softmax(z) for each scored row, from one read of the logits.
+
+        z = softcap * tanh(logit_scale * logits / softcap) / temperature         (no tanh without a softcap)
+        logp = z[y] - lse      entropy = -sum p log p      self_certainty = lse - mean z - log V'      (nats)
+
+    logits [..., V], any float dtype and strides; targets [...] int64 or int32. With rows [T], only those rows
+    of the flattened leading axes are scored and targets is [T]. valid_vocab: columns from there on are
+    padding. want: names of `TokenStats`. topk: k of topk_logp_mean (DeepConf), "native" and "reference" only.
+    Differentiable in logits through logp, lse, entropy and self_certainty. Raises ValueError or TypeError for
+    arguments that do not fit; what only the data shows gives NaN for its row.
+    """
+    how = LogitMap(
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        valid_vocab=valid_vocab,
+        ignore_index=ignore_index,
+    )
+    stats = run_stats(logits, targets, rows, how, want, topk, chosen_impl(logits, impl))
+    return TokenStats(**stats)
+
+
+def run_stats(
+    logits: Tensor,
+    targets: Tensor,
+    rows: Tensor | None,
+    how: LogitMap,
+    want: Sequence[str],
+    topk: int,
+    impl: str,
+) -> dict[str, Tensor]:
+    """One [T] tensor for each name in want, by a chosen implementation."""
+    if impl == "reference":
+        return reference.token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
+    return _operator.token_stats(impl, logits, targets, rows=rows, how=how, want=want, topk=topk)
