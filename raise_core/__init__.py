@@ -2,7 +2,16 @@
 
 from .advantages import group_advantages
 from .ema import EmaReference
-from .ops import Rewards, TokenStats, chosen_impl, confidence_rewards, igsr, scre, token_stats
+from .ops import (
+    Rewards,
+    TokenStats,
+    chosen_impl,
+    confidence_rewards,
+    igsr,
+    linear_token_stats,
+    scre,
+    token_stats,
+)
 from .policy_loss import PolicyLoss, pack, policy_loss
 from .spans import Found, Spans, build_spans, find_answer_spans, find_step_spans
 from .verify import Verdict, verify, verify_details
@@ -22,6 +31,7 @@ __all__ = [
     "find_step_spans",
     "group_advantages",
     "igsr",
+    "linear_token_stats",
     "pack",
     "policy_loss",
     "scre",

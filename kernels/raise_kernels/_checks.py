@@ -106,6 +106,35 @@ def check_stats(logits: Tensor, targets: Tensor, rows: Tensor | None) -> None:
         )
 
 
+def check_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None
+) -> None:
+    """Refuse shapes, dtypes and devices that `linear_token_stats` cannot mean anything by."""
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1:] != weight.shape[1:] or not len(weight):
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}; give [..., D] and [V, D]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, weight {tuple(weight.shape)}; give [V]")
+    for name, other in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if other is not None and other.device != hidden.device:
+            raise ValueError(f"{name} is on {other.device}, hidden on {hidden.device}; move one of them")
+        if other is not None and not other.dtype.is_floating_point:
+            raise TypeError(f"{name} is {other.dtype}; give a floating-point tensor")
+    check_index("targets", targets, hidden.device)
+    if rows is None and targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}; "
+            "give one target for each row of hidden, or name the scored rows with rows="
+        )
+    if rows is not None:
+        check_index("rows", rows, hidden.device)
+        if rows.dim() != 1 or rows.shape != targets.shape:
+            raise ValueError(
+                f"rows has shape {tuple(rows.shape)}, targets {tuple(targets.shape)}; give both as [T]"
+            )
+
+
 def check_index(name: str, index: Tensor, device: torch.device) -> None:
     """Refuse an index tensor that is not int32 or int64 on `device`."""
     if index.dtype not in (torch.int32, torch.int64):

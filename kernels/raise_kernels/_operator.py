@@ -29,7 +29,8 @@ def _engine(name: str) -> Engine:
     return engine
 
 
-def _map(options: tuple[Any, ...]) -> LogitMap:
+def logit_map(options: tuple[Any, ...]) -> LogitMap:
+    """The scalars of an operator's schema as one object."""
     temperature, logit_scale, softcap, valid_vocab, ignore_index = options
     return LogitMap(
         temperature=temperature,
@@ -40,6 +41,12 @@ def _map(options: tuple[Any, ...]) -> LogitMap:
     )
 
 
+def with_what_the_gradient_needs(names: tuple[str, ...]) -> tuple[str, ...]:
+    """`names` first, then what `_backward.coefficients` reads besides."""
+    moments = ("entropy", "count") if {"entropy", "self_certainty"} & set(names) else ()
+    return tuple(dict.fromkeys((*names, "top", "max_logp", *moments)))
+
+
 @torch.library.custom_op(
     "raise_kernels::token_stats",
     mutates_args=(),
@@ -48,7 +55,7 @@ def _map(options: tuple[Any, ...]) -> LogitMap:
 def _forward(logits: Tensor, y: Tensor, rows: Tensor | None, *options: Any) -> Tensor:
     *how, names, topk, engine = options
     wanted = tuple(names.split(","))
-    stats = _engine(engine).forward(logits, y, rows, _map(tuple(how)), wanted, topk)
+    stats = _engine(engine).forward(logits, y, rows, logit_map(tuple(how)), wanted, topk)
     return torch.stack([stats[name] for name in wanted])
 
 
@@ -61,7 +68,7 @@ def _backward(
     grad: Tensor, stats: Tensor, logits: Tensor, y: Tensor, rows: Tensor | None, *options: Any
 ) -> Tensor:
     *scalars, names, _, engine = options
-    how = _map(tuple(scalars))
+    how = logit_map(tuple(scalars))
     value = dict(zip(names.split(","), stats, strict=True))
     given = {name: g for name, g in zip(value, grad, strict=True) if name in DIFFERENTIABLE}
     norm = Normaliser(value["top"], value["max_logp"])
@@ -122,8 +129,7 @@ def token_stats(
     asked = names
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     if differentiable:
-        moments = ("entropy", "count") if {"entropy", "self_certainty"} & set(names) else ()
-        asked = tuple(dict.fromkeys((*names, "top", "max_logp", *moments)))
+        asked = with_what_the_gradient_needs(names)
     stats = torch.ops.raise_kernels.token_stats(
         logits, y, n, how.temperature, how.logit_scale, how.softcap, how.valid_vocab, how.ignore_index,
         ",".join(asked), topk, engine,

@@ -149,7 +149,8 @@ def _block_stats(block: Block, z: Tensor, y: Tensor, names: Sequence[str], topk:
         part["topk_logp_mean"] = best.masked_fill_(~kept, 0.0).sum(-1) / kept.sum(-1)
     if len(block.scratch) > 2:
         part |= _moments(block, len(z))
-    return {name: value.masked_fill(bad, math.nan) for name, value in part.items()}
+    # A row without an unmasked column has no statistics, but as a part of a longer row it has a top.
+    return {n: v.masked_fill(bad & (v != -INF) if n == "top" else bad, math.nan) for n, v in part.items()}
 
 
 def _moments(block: Block, r: int) -> dict[str, Tensor]:

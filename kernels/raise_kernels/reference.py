@@ -24,6 +24,7 @@ from raise_kernels._checks import (
     LogitMap,
     Scre,
     check_index,
+    check_linear,
     check_per_span,
     check_spans,
     check_stats,
@@ -96,6 +97,7 @@ def linear_token_stats(
     topk: int = 20,
 ) -> dict[str, Tensor]:
     """`token_stats` of the logits hidden @ weight.T + bias. hidden [..., D], weight [V, D], bias [V]."""
+    check_linear(hidden, weight, bias, targets, rows)
     logits = wide(hidden) @ wide(weight).T
     if bias is not None:
         logits = logits + wide(bias)
@@ -162,12 +164,13 @@ class Spans(NamedTuple):
         return self.sum(values) / self.lengths.clamp(min=1)
 
 
-def spans_of(offsets: Tensor) -> Spans:
-    """CSR bounds [S+1] as per-token indices."""
+def spans_of(offsets: Tensor, tokens: int) -> Spans:
+    """CSR bounds [S+1] of `tokens` packed tokens as per-token indices."""
     lengths = offsets[1:] - offsets[:-1]
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
-    position = torch.arange(len(owner), device=offsets.device) - offsets[owner]
-    return Spans(owner, position, lengths)
+    t = torch.arange(tokens, device=offsets.device)
+    # The spans that end at or before a token; unlike repeat_interleave this can be traced.
+    owner = torch.searchsorted(offsets[1:].contiguous(), t, right=True)
+    return Spans(owner, t - offsets[owner], lengths)
 
 
 def scre(logp: Tensor, offsets: Tensor, how: Scre = SCRE) -> Tensor:
@@ -176,19 +179,46 @@ def scre(logp: Tensor, offsets: Tensor, how: Scre = SCRE) -> Tensor:
         w_j = exp(-eta * j),  j = first_index, first_index + 1, ...
         r   = exp(sum_j w_j * logp_j - lam * var(p))
 
-    var is the population variance of the probabilities. A token of probability 0 makes the reward 0; a NaN
-    makes its span NaN. logp [T] in nats, offsets [S+1] -> [S].
+    var is the population variance of the probabilities. A token of probability 0 makes the reward 0; a NaN or
+    +inf makes its span NaN. logp [T] in nats, offsets [S+1] -> [S]. Differentiable in logp: the gradient of a
+    span whose reward is 0 or NaN is 0.
     """
     check_spans(logp, offsets)
-    logp = wide(logp)
-    spans = spans_of(offsets.long())
-    weight = torch.exp(-how.eta * (spans.position + how.first_index).to(logp.dtype))
+    spans = spans_of(offsets.long(), len(logp))
+    known, lost = _known(wide(logp), spans)
+    r = torch.exp(_weighted_sum(known, spans, how) - how.lam * probability_variance(known, spans))
+    return torch.where(spans.lengths > 0, r, 0.0).masked_fill(lost, math.nan)
+
+
+def span_logp(logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:
+    """sum_j w_j * logp_j of each span, with the weights of `scre`; 0 for an empty span.
+
+    eta = 0 gives the sum, and normalized the mean, whose exponentials are the likelihood of the answer
+    (VeriFree, arXiv 2505.21493) and its geometric mean for a token. A token of probability 0 gives -inf, a
+    NaN or +inf gives NaN. logp [T] in nats, offsets [S+1] -> [S]. Differentiable in logp: 0 for tokens of
+    probability 0 and in spans that are NaN.
+    """
+    check_spans(logp, offsets)
+    spans = spans_of(offsets.long(), len(logp))
+    known, lost = _known(wide(logp), spans)
+    return _weighted_sum(known, spans, how).masked_fill(lost, math.nan)
+
+
+def _known(logp: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+    """logp with 0 in the spans that hold a NaN or +inf, and which spans [S] do."""
+    lost = spans.sum((~(logp < INF)).to(logp.dtype)) > 0
+    return torch.where(lost[spans.owner], 0.0, logp), lost
+
+
+def _weighted_sum(logp: Tensor, spans: Spans, how: Scre) -> Tensor:
+    """sum_j w_j * logp_j of each span, [S]."""
+    # Normalized weights do not depend on the first index; from 0, none of them all underflows.
+    first = 0 if how.normalize else how.first_index
+    weight = torch.exp(-how.eta * (spans.position + first).to(logp.dtype))
     if how.normalize:
         weight = weight / spans.sum(weight)[spans.owner]
     # where, not multiply: a weight that underflows to 0 must not turn log 0 into NaN
-    log_r = spans.sum(torch.where(logp == -INF, -INF, weight * logp))
-    r = torch.exp(log_r - how.lam * probability_variance(logp, spans))
-    return torch.where(spans.lengths > 0, r, 0.0)
+    return spans.sum(torch.where(logp == -INF, -INF, weight * logp))
 
 
 def probability_variance(logp: Tensor, spans: Spans) -> Tensor:
@@ -247,7 +277,7 @@ def igsr_parts(
     check_index("group", group, logp.device)
     logp = wide(logp)
     score = score.to(logp.dtype)
-    spans = spans_of(offsets.long())
+    spans = spans_of(offsets.long(), len(logp))
     e = mean_nll(logp, spans, how.delta)
     bad = ~((score >= 0) & (score <= 1)) | e.isnan()
     member = ~bad & (score > 0) & (spans.lengths > 0)
@@ -318,7 +348,7 @@ def span_rewards(
         raise TypeError(f"strict is {strict.dtype}; give bool: True for SCRE, False for IGSR")
     open_rows = igsr_parts(logp, offsets, score, group, igsr_how, among=~strict)
     r = scre(logp, offsets, scre_how)
-    spans = spans_of(offsets.long())
+    spans = spans_of(offsets.long(), len(logp))
     score = score.to(r.dtype)
     valid = (score >= 0) & (score <= 1)
     sure = torch.where(spans.lengths > 0, torch.exp(-open_rows.nll), 0.0)

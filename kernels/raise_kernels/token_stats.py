@@ -197,7 +197,8 @@ def _merge_kernel(
     tl.store(p, settle(logp, good, scored), mask=m_t)
     tl.store(p + plane, settle(m + log_s, good, scored), mask=m_t)
     tl.store(p + 2 * plane, settle(-log_s, good, scored), mask=m_t)
-    tl.store(p + 3 * plane, settle(m, good, scored), mask=m_t)
+    # A row without an unmasked column has no statistics, but as a part of a longer row it has a top.
+    tl.store(p + 3 * plane, settle(m, good | (known & (s0 == 0.0)), scored), mask=m_t)
     if LEVEL >= 1:
         tl.store(p + 4 * plane, settle(log_s - mean_of(s1, s0), good, scored), mask=m_t)
         certainty = log_s - mean_of(sd, n) - log_from_one(n)

@@ -2,7 +2,7 @@
 
 from raise_core.ops.impl import chosen_impl
 from raise_core.ops.rewards import Rewards, check_groups, confidence_rewards, igsr, scre
-from raise_core.ops.stats import TokenStats, token_stats
+from raise_core.ops.stats import TokenStats, linear_token_stats, token_stats
 
 __all__ = [
     "Rewards",
@@ -11,6 +11,7 @@ __all__ = [
     "chosen_impl",
     "confidence_rewards",
     "igsr",
+    "linear_token_stats",
     "scre",
     "token_stats",
 ]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from raise_core.ops.impl import chosen_impl, kernels
-from raise_core.ops.stats import run_stats
-from raise_kernels import linear, reference
+from raise_core.ops.stats import run_linear_stats, run_stats
+from raise_kernels import reference
 from raise_kernels._checks import Igsr, LogitMap, Scre, on_host
 
 if TYPE_CHECKING:
@@ -153,10 +153,9 @@ def confidence_rewards(
     )
     check_groups(spans.group, group_size)
     if hidden is not None and weight is not None:
-        logp = linear.linear_token_stats(
-            lambda x, y, how, want: run_stats(x, y, None, how, want, 20, chosen),
-            hidden, weight, spans.targets, bias=bias, rows=spans.rows, how=how,
-        )["logp"]  # fmt: skip
+        logp = run_linear_stats(
+            hidden, weight, spans.targets, bias, spans.rows, how, ("logp",), 20, None, chosen
+        )["logp"]
     if chosen == "triton":
         logp, result = kernels("confidence").confidence_rewards(
             logits, spans.rows, spans.targets, logp, spans.offsets, score, strict, spans.group,

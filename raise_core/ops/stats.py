@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from raise_core.ops.impl import chosen_impl
-from raise_kernels import _operator, reference
+from raise_kernels import _linear_operator, _operator, reference
 from raise_kernels._checks import LogitMap
 
 
@@ -81,3 +81,65 @@ def run_stats(
     if impl == "reference":
         return reference.token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
     return _operator.token_stats(impl, logits, targets, rows=rows, how=how, want=want, topk=topk)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    ignore_index: int = -100,
+    want: Sequence[str] = ("logp",),
+    topk: int = 20,
+    memory: int | None = None,
+    impl: str = "auto",
+) -> TokenStats:
+    """`token_stats` of the logits hidden @ weight.T + bias, which are never stored.
+
+    hidden [..., D], weight [V, D] and bias [V], any float dtype and strides; products add up in fp32 (fp64
+    for fp64), so that 16-bit inputs give fp32-quality results. With rows [T], only those rows of hidden's
+    flattened leading axes are multiplied, and targets is [T]. memory: bytes of scratch beside inputs and
+    results, 64 MiB on the CPU and 256 MiB elsewhere when None; one row or 64 columns are held whatever it
+    says. Differentiable in hidden, weight and bias through logp, lse, entropy and self_certainty; the
+    gradient leaves nothing out. A weight that is also the embedding is an ordinary case. Columns whose logit
+    is the target's to rounding may or may not count in rank. The other arguments, and what rows without a
+    result give, are those of `token_stats`.
+    """
+    how = LogitMap(
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        valid_vocab=valid_vocab,
+        ignore_index=ignore_index,
+    )
+    chosen = chosen_impl(hidden, impl)
+    stats = run_linear_stats(hidden, weight, targets, bias, rows, how, want, topk, memory, chosen)
+    return TokenStats(**stats)
+
+
+def run_linear_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    how: LogitMap,
+    want: Sequence[str],
+    topk: int,
+    memory: int | None,
+    impl: str,
+) -> dict[str, Tensor]:
+    """One tensor for each name in want, by a chosen implementation."""
+    if impl == "reference":
+        return reference.linear_token_stats(
+            hidden, weight, targets, bias=bias, rows=rows, how=how, want=want, topk=topk
+        )
+    return _linear_operator.linear_token_stats(
+        impl, hidden, weight, targets, bias=bias, rows=rows, how=how, want=want, topk=topk, memory=memory
+    )
