@@ -57,31 +57,31 @@ FIELDS = (2, 5, 7)
 
 
 @triton.jit
-def _reduce_tile(z, z_y, m, s0, s1, sd, n, m2, rank, LEVEL: tl.constexpr):
-    """Add a tile z [U, W] to the running numbers [W] of its lanes.
+def _reduce_tile(z, z_y, m, s0, s1, sd, n, m2, rank, LEVEL: tl.constexpr, AXIS: tl.constexpr = 0):
+    """Add a tile z to running numbers over its AXIS: of z [U, W], to those of W lanes.
 
     Lanes run along W and each thread owns whole lanes, so the loop exchanges nothing between threads and
     rescales once per U columns.
     """
-    m_new = tl.maximum(m, tl.max(z, 0))
+    m_new = tl.maximum(m, tl.max(z, AXIS))
     base = tl.where(m_new == -float("inf"), 0.0, m_new)  # a lane of masked columns must not make inf - inf
-    d = z - base[None, :]
+    d = z - tl.expand_dims(base, AXIS)
     e = exp(d)  # [U, W]
     shift = shift_to(m, m_new)
-    t0 = tl.sum(e, 0)
+    t0 = tl.sum(e, AXIS)
     if LEVEL >= 1:
         seen = z > -float("inf")
         d = tl.where(seen, d, 0.0)
-        sd = sd + n * shift + tl.sum(d, 0)
-        n += tl.sum(seen.to(tl.float32), 0)
-        t1 = tl.sum(e * d, 0)
+        sd = sd + n * shift + tl.sum(d, AXIS)
+        n += tl.sum(seen.to(tl.float32), AXIS)
+        t1 = tl.sum(e * d, AXIS)
     else:
         t1 = t0
     s0, s1 = rebase(s0, s1, shift)
     if LEVEL >= 2:
-        off = d - mean_of(t1, t0)[None, :]
-        m2 = join_m2(s0, s1, exp(shift) * m2, t0, t1, tl.sum(e * off * off, 0))
-        rank += tl.sum((z > z_y).to(tl.float32), 0)
+        off = d - tl.expand_dims(mean_of(t1, t0), AXIS)
+        m2 = join_m2(s0, s1, exp(shift) * m2, t0, t1, tl.sum(e * off * off, AXIS))
+        rank += tl.sum((z > z_y).to(tl.float32), AXIS)
     return m_new, s0 + t0, s1 + t1, sd, n, m2, rank
 
 
