@@ -43,7 +43,7 @@ setup(
     package_dir={"raise_kernels": "kernels/raise_kernels", "raise_trainer": "trainer/raise_trainer"},
     package_data={
         "raise_core": ["py.typed"],
-        "raise_kernels": ["py.typed"],
+        "raise_kernels": ["py.typed", "csrc/*"],
         "raise_trainer": ["py.typed", "templates/*"],
     },
     install_requires=["torch>=2.14"],

@@ -1,0 +1,164 @@
+"""The C sources of csrc/ as one shared library, compiled on the user's machine when it has a C compiler.
+
+    cc -O3 -march=native -fPIC ... csrc/*.c     ->  ~/.cache/raise_kernels/<key>.so
+
+The key covers sources, compiler, flags and processor, so that a change of any of them compiles anew. Without
+a compiler, with RAISE_COMPILED=0, or where compiling fails (with one warning), there is no library, and the
+callers run their PyTorch code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCES = Path(__file__).with_name("csrc")
+SWITCH = "RAISE_COMPILED"
+COMPILERS = ("cc", "gcc", "clang")
+# No option may let the compiler forget infinities and NaN: both carry meaning.
+FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-pthread")
+# The first set that works; not every compiler knows its own processor.
+TUNING: tuple[tuple[str, ...], ...] = (("-march=native",), ())
+SECONDS = 120.0  # one compilation may take this long
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None where the PyTorch code is to run. Compiles at the first call.
+
+    Found in $CC, or as cc, gcc or clang. None: no compiler, RAISE_COMPILED=0 (read at every call), or a
+    compilation that failed, which is announced by one RuntimeWarning a process.
+    """
+    return None if os.environ.get(SWITCH) == "0" else _loaded()
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | None:
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    try:
+        return load(compiler, cache_folder())
+    except (OSError, subprocess.SubprocessError) as error:
+        message = error.stderr.strip()[-2000:] if isinstance(error, subprocess.CalledProcessError) else error
+    warnings.warn(
+        f"raise_kernels could not compile its C code with {shlex.join(compiler)} and runs slower "
+        f"PyTorch code on the CPU; set CC to another compiler, or {SWITCH}=0 to accept that: {message}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def find_compiler() -> list[str] | None:
+    """The command of the C compiler: $CC (which may hold options), else the first of `COMPILERS` here.
+
+    None where there is none, and where the C library has no POSIX threads.
+    """
+    if os.name != "posix":
+        return None
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in ([named] if named else []) + [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def cache_folder() -> Path | None:
+    """The private folder of compiled libraries, or None where there cannot be one.
+
+    $XDG_CACHE_HOME/raise_kernels or ~/.cache/raise_kernels, mode 0700. A folder that others own or may write
+    to is not trusted.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "raise_kernels"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    if status.st_uid != os.getuid() or status.st_mode & 0o022 or not os.access(folder, os.W_OK | os.X_OK):
+        return None
+    return folder
+
+
+def load(compiler: Sequence[str], folder: Path | None) -> ctypes.CDLL:
+    """Load the library from the cache folder, compiled before if it is not there; None: from nowhere.
+
+    Raises OSError or subprocess.SubprocessError where that fails.
+    """
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="raise_kernels-") as private:
+            return ctypes.CDLL(str(_build(compiler, Path(private), "library")))
+    key = _key(compiler)
+    kept = folder / f"{key}.so"
+    if not kept.exists():
+        _build(compiler, folder, key)
+    return ctypes.CDLL(str(kept))
+
+
+def _key(compiler: Sequence[str]) -> str:
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, check=True, timeout=SECONDS
+    ).stdout
+    digest = hashlib.sha256(repr((compiler, version, FLAGS, TUNING, _processor())).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _processor() -> str:
+    """What -march=native sees: two machines may share a home."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    known = ("model name", "flags", "Features", "CPU part", "CPU implementer")
+    return "\n".join(sorted({line for line in lines if line.startswith(known)}))
+
+
+def _build(compiler: Sequence[str], folder: Path, name: str) -> Path:
+    """Compile into the folder under another name first, so that no process loads half a file."""
+    with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder) as private:
+        for tuning in TUNING:
+            commands = [
+                [*compiler, *FLAGS, *tuning, "-c", str(source), "-o", f"{private}/{source.stem}.o"]
+                for source in sorted(SOURCES.glob("*.c"))
+            ]
+            failed = _run(commands)
+            if failed is None:
+                break
+        if failed is not None:
+            raise failed
+        objects = [command[-1] for command in commands]
+        draft = f"{private}/{name}.so"
+        failed = _run([[*compiler, "-shared", "-pthread", "-o", draft, *objects, "-lm"]])
+        if failed is not None:
+            raise failed
+        return Path(draft).replace(folder / f"{name}.so")
+
+
+def _run(commands: Sequence[Sequence[str]]) -> subprocess.CalledProcessError | None:
+    """Run all the commands at once; the first failure, or None."""
+    running = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands
+    ]
+    try:
+        said = [process.communicate(timeout=SECONDS)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    for command, process, output in zip(commands, running, said, strict=True):
+        if process.returncode:
+            return subprocess.CalledProcessError(process.returncode, command, stderr=output)
+    return None
