@@ -10,6 +10,7 @@ from .ops import (
     igsr,
     linear_token_stats,
     scre,
+    span_logp,
     token_stats,
 )
 from .policy_loss import PolicyLoss, pack, policy_loss
@@ -35,6 +36,7 @@ __all__ = [
     "pack",
     "policy_loss",
     "scre",
+    "span_logp",
     "token_stats",
     "verify",
     "verify_details",

@@ -200,6 +200,11 @@ class Scre:
         if self.first_index not in (0, 1):
             raise ValueError(f"first_index is {self.first_index}; give 1 (the paper's) or 0")
 
+    @property
+    def start(self) -> int:
+        """The exponent to compute with: normalized weights are the same from 0, where the first is 1."""
+        return 0 if self.normalize else self.first_index
+
 
 @dataclass(frozen=True, kw_only=True)
 class Igsr:

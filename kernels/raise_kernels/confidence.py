@@ -309,7 +309,7 @@ def span_rewards(
             group_size or 0,
             scre_how.eta,
             scre_how.lam,
-            scre_how.first_index,
+            scre_how.start,
             math.log(igsr_how.delta),
             igsr_how.tau,
             igsr_how.penalty,

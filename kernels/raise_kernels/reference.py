@@ -212,9 +212,7 @@ def _known(logp: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
 
 def _weighted_sum(logp: Tensor, spans: Spans, how: Scre) -> Tensor:
     """sum_j w_j * logp_j of each span, [S]."""
-    # Normalized weights do not depend on the first index; from 0, none of them all underflows.
-    first = 0 if how.normalize else how.first_index
-    weight = torch.exp(-how.eta * (spans.position + first).to(logp.dtype))
+    weight = torch.exp(-how.eta * (spans.position + how.start).to(logp.dtype))
     if how.normalize:
         weight = weight / spans.sum(weight)[spans.owner]
     # where, not multiply: a weight that underflows to 0 must not turn log 0 into NaN

@@ -2,6 +2,7 @@
 
 from raise_core.ops.impl import chosen_impl
 from raise_core.ops.rewards import Rewards, check_groups, confidence_rewards, igsr, scre
+from raise_core.ops.span_ops import span_logp
 from raise_core.ops.stats import TokenStats, linear_token_stats, token_stats
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "igsr",
     "linear_token_stats",
     "scre",
+    "span_logp",
     "token_stats",
 ]

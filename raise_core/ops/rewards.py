@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raise_core.ops.impl import chosen_impl, kernels
 from raise_core.ops.stats import run_linear_stats, run_stats
-from raise_kernels import reference
+from raise_kernels import _span_operator, reference
 from raise_kernels._checks import Igsr, LogitMap, Scre, on_host
 
 if TYPE_CHECKING:
@@ -65,13 +65,14 @@ def scre(
 
         w_j = exp(-eta * j), j = first_index, ...      r = exp(sum_j w_j * logp_j - lam * var(p))
 
-    logp [T] in nats, packed; offsets [S+1]. An empty span gives 0. The defaults of eta and lam are this
-    project's. Raises ValueError for options out of range and for offsets that do not fit logp.
+    logp [T] in nats, packed; offsets [S+1]. An empty span gives 0, a NaN or +inf in it NaN. The defaults of
+    eta and lam are this project's. Differentiable in logp, so that it can be a loss; where the result is 0 or
+    NaN the gradient is 0. Raises ValueError for options out of range and for offsets that do not fit logp;
+    where only the device knows them, a span that leaves [0, T] is NaN.
     """
     how = Scre(eta=eta, lam=lam, first_index=first_index, normalize=normalize)
     if chosen_impl(logp, impl) == "triton":
-        out: Tensor = kernels("scre").scre(logp, offsets, how)
-        return out
+        return _span_operator.run("scre", logp, offsets, how)
     return reference.scre(logp, offsets, how)
 
 
