@@ -2,6 +2,7 @@
 
 from .advantages import group_advantages
 from .ema import EmaReference
+from .linear_policy_loss import linear_policy_loss
 from .ops import (
     Rewards,
     TokenStats,
@@ -32,6 +33,7 @@ __all__ = [
     "find_step_spans",
     "group_advantages",
     "igsr",
+    "linear_policy_loss",
     "linear_token_stats",
     "pack",
     "policy_loss",

@@ -35,10 +35,12 @@ class PolicyLoss:
     clip_low, clip_high: share of tokens whose gradient the lower or upper clip removed.
     ratio_mean, ratio_max: of `ratio_t`.
     kl: mean KL estimate in nats per token, there if `logp_ref` was given.
+    `logp` [T], detached, in nats: from `linear_policy_loss` alone, which computes it.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    logp: Tensor | None = None
 
 
 def policy_loss(
@@ -70,31 +72,85 @@ def policy_loss(
     stays finite and 0 * inf cannot arise. fp32 arithmetic (fp64 if `logp` is). Raises ValueError / TypeError
     naming the argument.
     """
-    _check(logp, logp_old, advantage, offsets, logp_ref)
+    check_policy(logp, logp_old, advantage, offsets, logp_ref)
+    step = policy_step(
+        logp, advantage, offsets, kind, num_tokens, num_sequences, max_length, kl, kl_estimator, eps_low,
+        eps_high, logp_ref,
+    )  # fmt: skip
+    return step.loss(slice(0, len(logp)), logp, logp_old, logp_ref)
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyStep:
+    """What a policy loss knows before any log-probability: a sum over tokens can then be taken in pieces."""
+
+    kind: str
+    advantage: Tensor  # [T]
+    length: Tensor  # [T] tokens of the completion that a token belongs to
+    tokens: Tensor
+    sequences: Tensor
+    max_length: float
+    kl: float
+    kl_estimator: str
+    eps_low: float
+    eps_high: float
+
+    def loss(self, piece: slice, logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None) -> PolicyLoss:
+        """The part of the loss and of its metrics of a piece of the tokens, whose logp these are."""
+        a, dtype = self.advantage[piece], self.advantage.dtype
+        new = logp.to(dtype)
+        log_ratio = new - logp_old.detach().to(dtype)
+        ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        clipped = ratio.clamp(1.0 - self.eps_low, 1.0 + self.eps_high)
+        per_token = -torch.minimum(ratio * a, clipped * a)
+        metrics = _metrics(ratio.detach(), a, self.eps_low, self.eps_high, self.tokens)
+        if logp_ref is not None:
+            estimate = _kl(new, logp_ref.detach().to(dtype), self.kl_estimator)
+            metrics["kl"] = estimate.detach().sum() / self.tokens
+            if self.kl:
+                per_token = per_token + self.kl * estimate
+        if self.kind == "grpo":
+            loss = (per_token / self.length[piece]).sum() / self.sequences
+        elif self.kind == "dapo":
+            loss = per_token.sum() / self.tokens
+        else:
+            loss = per_token.sum() / (self.sequences * self.max_length)
+        return PolicyLoss(loss, metrics)
+
+
+def policy_step(
+    like: Tensor,
+    advantage: Tensor,
+    offsets: Tensor,
+    kind: str,
+    num_tokens: float | Tensor,
+    num_sequences: float | Tensor,
+    max_length: int | None,
+    kl: float,
+    kl_estimator: str,
+    eps_low: float,
+    eps_high: float,
+    logp_ref: Tensor | None,
+) -> PolicyStep:
+    """Check the options of `policy_loss` and spread what belongs to completions over their tokens.
+
+    like [T]: a tensor of as many tokens, on the device of the arithmetic and in its precision.
+    """
     _check_options(kind, kl, kl_estimator, eps_low, eps_high, logp_ref, max_length)
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    owner = _owner(offsets, len(logp))
-    a = advantage.detach().to(dtype)[owner]
-    new = logp.to(dtype)
-    log_ratio = new - logp_old.detach().to(dtype)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    per_token = -torch.minimum(ratio * a, ratio.clamp(1.0 - eps_low, 1.0 + eps_high) * a)
-    tokens = _count("num_tokens", num_tokens, logp.device, dtype)
-    metrics = _metrics(ratio.detach(), a, eps_low, eps_high, tokens)
-    if logp_ref is not None:
-        estimate = _kl(new, logp_ref.detach().to(dtype), kl_estimator)
-        metrics["kl"] = estimate.detach().sum() / tokens
-        if kl:
-            per_token = per_token + kl * estimate
-    sequences = _count("num_sequences", num_sequences, logp.device, dtype)
-    if kind == "grpo":
-        lengths = (offsets[1:] - offsets[:-1]).to(dtype)
-        loss = (per_token / lengths[owner]).sum() / sequences
-    elif kind == "dapo":
-        loss = per_token.sum() / tokens
-    else:
-        loss = per_token.sum() / (sequences * float(max_length or 1))
-    return PolicyLoss(loss, metrics)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    owner = _owner(offsets, len(like))
+    return PolicyStep(
+        kind=kind,
+        advantage=advantage.detach().to(dtype)[owner],
+        length=(offsets[1:] - offsets[:-1]).to(dtype)[owner],
+        tokens=_count("num_tokens", num_tokens, like.device, dtype),
+        sequences=_count("num_sequences", num_sequences, like.device, dtype),
+        max_length=float(max_length or 1),
+        kl=kl,
+        kl_estimator=kl_estimator,
+        eps_low=eps_low,
+        eps_high=eps_high,
+    )
 
 
 def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,9 +207,10 @@ def _count(name: str, value: float | Tensor, device: torch.device, dtype: torch.
     return torch.full((), value or 1, device=device, dtype=dtype)
 
 
-def _check(
+def check_policy(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, offsets: Tensor, logp_ref: Tensor | None
 ) -> None:
+    """Refuse shapes and dtypes that a policy loss cannot mean anything by."""
     if logp.ndim != 1 or not logp.dtype.is_floating_point:
         raise ValueError(
             f"logp: got {logp.dtype} of shape {list(logp.shape)}, wanted floating [T]; padded ones go "

@@ -36,6 +36,15 @@ def linear_engine(name: str) -> LinearEngine:
     return engine
 
 
+def check_memory(memory: int | None, hidden: Tensor, on_cpu: int) -> int:
+    """The bytes of scratch that a call may allocate: `on_cpu` there when the caller names none."""
+    if memory is None:
+        return on_cpu if hidden.device.type == "cpu" else MEMORY_ELSEWHERE
+    if memory < 1:
+        raise ValueError(f"memory is {memory}; give the bytes that may be allocated, or None")
+    return memory
+
+
 @torch.library.custom_op(
     "raise_kernels::linear_token_stats",
     mutates_args=(),
@@ -135,10 +144,7 @@ def linear_token_stats(
         raise ValueError(f'hidden is on {hidden.device}; impl="native" runs on the CPU, use impl="triton"')
     if topk < 1:
         raise ValueError(f"topk is {topk}; give at least 1")
-    if memory is None:
-        memory = MEMORY_CPU if hidden.device.type == "cpu" else MEMORY_ELSEWHERE
-    if memory < 1:
-        raise ValueError(f"memory is {memory}; give the bytes that may be allocated, or None")
+    memory = check_memory(memory, hidden, MEMORY_CPU)
     differentiable = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (hidden, weight, bias)
     )

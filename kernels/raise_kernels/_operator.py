@@ -24,7 +24,8 @@ _OPTIONS = (
 _MODULES = {"native": "raise_kernels.native", "triton": "raise_kernels.token_stats"}
 
 
-def _engine(name: str) -> Engine:
+def logits_engine(name: str) -> Engine:
+    """The implementation of a name, imported at first use."""
     engine: Engine = import_module(_MODULES[name]).ENGINE
     return engine
 
@@ -55,7 +56,7 @@ def with_what_the_gradient_needs(names: tuple[str, ...]) -> tuple[str, ...]:
 def _forward(logits: Tensor, y: Tensor, rows: Tensor | None, *options: Any) -> Tensor:
     *how, names, topk, engine = options
     wanted = tuple(names.split(","))
-    stats = _engine(engine).forward(logits, y, rows, logit_map(tuple(how)), wanted, topk)
+    stats = logits_engine(engine).forward(logits, y, rows, logit_map(tuple(how)), wanted, topk)
     return torch.stack([stats[name] for name in wanted])
 
 
@@ -74,7 +75,7 @@ def _backward(
     norm = Normaliser(value["top"], value["max_logp"])
     scored = y != how.ignore_index
     weights = coefficients(given, norm, value.get("entropy"), value.get("count"), scored)
-    return _engine(engine).backward(logits, y, rows, norm, weights, how)
+    return logits_engine(engine).backward(logits, y, rows, norm, weights, how)
 
 
 @_forward.register_fake

@@ -1,0 +1,148 @@
+"""A policy loss from hidden states, its gradient made in the forward pass.
+
+A loss of the GRPO family is a sum over tokens whose constants (advantage, old log-probability, normalisers)
+are known beforehand. So each tile of logits is made once and turned into its gradient where it lies: three
+matrix products in all, and never more logits than the tile's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raise_core.ops.impl import chosen_impl
+from raise_core.ops.loss import Gradients, LogitMap, loss_and_gradient
+from raise_core.ops.stats import run_linear_stats
+from raise_core.policy_loss import Kind, KlEstimator, PolicyLoss, PolicyStep, check_policy, policy_step
+
+NEVER = -(1 << 62)  # the ignore_index of a loss in which every token counts
+
+
+class _Made(torch.autograd.Function):
+    """Hands a loss on with gradients that were made with it, scaled in place by whatever comes from above."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, made: Gradients, *inputs: Tensor | None) -> Tensor:
+        ctx.made = made
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.made is None:
+            raise RuntimeError(
+                "linear_policy_loss was differentiated twice, and its gradient is made once, in the forward "
+                "pass: call it again, or use policy_loss of linear_token_stats"
+            )
+        made, ctx.made = ctx.made, None
+        # Where the host knows the factor, the usual 1 costs no pass over the gradients.
+        if upstream.device.type != "cpu" or upstream.item() != 1.0:
+            for g in made:
+                if g is not None:
+                    g.mul_(upstream)
+        return None, None, *made
+
+
+def linear_policy_loss(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [T]
+    logp_old: Tensor | None,  # [T]
+    advantage: Tensor,  # [S]
+    offsets: Tensor,  # [S+1]
+    *,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    kind: Kind = "grpo",
+    num_tokens: float | Tensor,
+    num_sequences: float | Tensor,
+    max_length: int | None = None,
+    logp_ref: Tensor | None = None,
+    kl: float = 0.0,
+    kl_estimator: KlEstimator = "k3",
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    accumulate_fp32: bool = False,
+    memory: int | None = None,
+    impl: str = "auto",
+) -> PolicyLoss:
+    """`policy_loss` of `linear_token_stats(hidden, weight, targets).logp`, at three matrix products in all.
+
+    hidden [..., D] with one target a row, or rows [T] naming the row of each of the T targets; weight [V, D],
+    bias [V]. logp_old None: the policy is the one that sampled, and its own log-probabilities are the old
+    ones (ratio 1). `PolicyLoss.logp` holds the T log-probabilities in nats, without a gradient.
+
+    The gradient of hidden, weight and bias is computed here, while the tiles of logits exist, and is handed
+    on by backward(): once. Without a tensor that needs a gradient, or under no_grad, none is made. With
+    several tiles the gradient of a 16-bit weight is added up in its dtype, one rounding a tile;
+    accumulate_fp32=True adds it up in an fp32 buffer [V, D]. memory: bytes of scratch beside inputs, results
+    and gradients: 96 MiB on the CPU and 256 MiB elsewhere when None, at least one row of logits. A token
+    without a result (see `token_stats`) makes the loss NaN and has no part in the gradient; fp16 gradients
+    can underflow, since no later loss scale reaches them: prefer bf16. The other arguments, and what is
+    raised, are those of `policy_loss` and `linear_token_stats`.
+    """
+    how = LogitMap(
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        valid_vocab=valid_vocab,
+        ignore_index=NEVER,
+    )
+    chosen = chosen_impl(hidden, impl)
+    like = hidden.new_empty(targets.numel(), dtype=torch.float64 if hidden.dtype == torch.float64 else None)
+    check_policy(like, like if logp_old is None else logp_old, advantage, offsets, logp_ref)
+    step = policy_step(
+        like, advantage, offsets, kind, num_tokens, num_sequences, max_length, kl, kl_estimator, eps_low,
+        eps_high, logp_ref,
+    )  # fmt: skip
+    tiles = _Tiles(step, logp_old, logp_ref)
+    inputs = (hidden, weight, bias)
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
+    if any(needs):
+        h, w, b = (None if x is None else x.detach() for x in inputs)
+        assert h is not None and w is not None
+        logp, made = loss_and_gradient(
+            h, w, targets, tiles.slope, bias=b, rows=rows, how=how, needs=(needs[0], needs[1], needs[2]),
+            accumulate_fp32=accumulate_fp32, memory=memory, impl=chosen,
+        )  # fmt: skip
+        total = tiles.total(logp)
+        return PolicyLoss(_Made.apply(total.loss, made, *inputs), total.metrics, logp)
+    logp = run_linear_stats(hidden, weight, targets, bias, rows, how, ("logp",), 1, memory, chosen)["logp"]
+    tiles.slope(slice(0, len(logp)), logp)
+    total = tiles.total(logp)
+    return PolicyLoss(total.loss, total.metrics, logp)
+
+
+class _Tiles:
+    """The loss and its metrics as tiles of tokens come in."""
+
+    def __init__(self, step: PolicyStep, logp_old: Tensor | None, logp_ref: Tensor | None) -> None:
+        self.step, self.logp_old, self.logp_ref = step, logp_old, logp_ref
+        self.parts: list[PolicyLoss] = []
+
+    def slope(self, tile: slice, logp: Tensor) -> Tensor:
+        """d loss / d logp [tokens of the tile]; the tile's part of the loss is kept."""
+        with torch.enable_grad():
+            leaf = logp.detach().requires_grad_()
+            old = leaf.detach() if self.logp_old is None else self.logp_old[tile]
+            part = self.step.loss(tile, leaf, old, None if self.logp_ref is None else self.logp_ref[tile])
+            (slope,) = torch.autograd.grad(part.loss, leaf)
+        self.parts.append(PolicyLoss(part.loss.detach(), part.metrics))
+        return slope
+
+    def total(self, logp: Tensor) -> PolicyLoss:
+        """Sum of the parts; `ratio_max` is their largest."""
+        if not self.parts:
+            self.slope(slice(0, 0), logp[:0])
+        losses = torch.stack([part.loss for part in self.parts])
+        metrics = {
+            name: torch.stack([part.metrics[name] for part in self.parts]) for name in self.parts[0].metrics
+        }
+        combined = {name: v.max() if name == "ratio_max" else v.sum() for name, v in metrics.items()}
+        return PolicyLoss(losses.sum(), combined)
