@@ -2,10 +2,13 @@
 
     log p = log_softmax(z)    entropy = -sum p * log p    self_certainty = -mean log p - log V'
 
-Rows pass in blocks through scratch that is allocated once per call. A row gives the same bits alone and in
-any batch. PyTorch's log_softmax takes whole rows. Its transcendental functions round differently at the end
-of what one thread covers of a call, so they get rows of whole vectors: one row, or few enough elements for
-one thread. Its sums run over at least two rows, since it would cut up a single one among threads.
+Two engines: C code, where the machine has a compiler and the code takes the logits (`native_compiled`), and
+what follows here, in PyTorch, for everything else. `engine_name` says which one runs.
+
+In PyTorch, rows pass in blocks through scratch that is allocated once per call. A row gives the same bits
+alone and in any batch. PyTorch's log_softmax takes whole rows. Its transcendental functions round differently
+at the end of what one thread covers of a call, so they get rows of whole vectors: one row, or few enough
+elements for one thread. Its sums run over at least two rows: it would cut up a single one among threads.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from raise_kernels import _operator
+from raise_kernels import _operator, native_compiled
 from raise_kernels._backward import Coefficients, Engine, Normaliser
 from raise_kernels._checks import PLAIN, LogitMap
 from raise_kernels._layout import block_rows
@@ -111,10 +114,38 @@ def _total(buffer: Tensor, r: int) -> Tensor:
     return buffer[: r + 1].sum(-1)[:r]
 
 
+def engine_name(logits: Tensor) -> str:
+    """What `token_stats` runs on logits like these: "compiled C" or "blocked torch" (`topk_logp_mean`
+    always does)."""
+    return "blocked torch" if native_compiled.library_for(logits) is None else "compiled C"
+
+
 def stats_forward(
     logits: Tensor, y: Tensor, rows: Tensor | None, how: LogitMap, names: Sequence[str], topk: int
 ) -> dict[str, Tensor]:
     """Every name in `names`, "top" (largest z) and "count" (V') too. y and rows [T] int64 -> [T] each."""
+    library = native_compiled.library_for(logits)
+    if library is None:
+        return _blocked_forward(logits, y, rows, how, names, topk)
+    own = [name for name in names if name in native_compiled.FIELDS]
+    others = [name for name in names if name not in native_compiled.FIELDS]
+    out = native_compiled.stats_forward(library, logits, y, rows, how, own) if own else {}
+    return out | (_blocked_forward(logits, y, rows, how, others, topk) if others else {})
+
+
+def stats_backward(
+    logits: Tensor, y: Tensor, rows: Tensor | None, norm: Normaliser, weights: Coefficients, how: LogitMap
+) -> Tensor:
+    """Gradient of logits, in their dtype, for the `weights` of `_backward`; a repeated row adds up."""
+    library = native_compiled.library_for(logits)
+    if library is None:
+        return _blocked_backward(logits, y, rows, norm, weights, how)
+    return native_compiled.stats_backward(library, logits, y, rows, norm, weights, how)
+
+
+def _blocked_forward(
+    logits: Tensor, y: Tensor, rows: Tensor | None, how: LogitMap, names: Sequence[str], topk: int
+) -> dict[str, Tensor]:
     second = "varentropy" in names
     moments = second or bool({"entropy", "self_certainty", "count"} & set(names))
     block = Block(logits, how, 2 + moments + second)
@@ -174,10 +205,9 @@ def _moments(block: Block, r: int) -> dict[str, Tensor]:
     return part
 
 
-def stats_backward(
+def _blocked_backward(
     logits: Tensor, y: Tensor, rows: Tensor | None, norm: Normaliser, weights: Coefficients, how: LogitMap
 ) -> Tensor:
-    """Gradient of logits, in their dtype, for the `weights` of `_backward`; a repeated row adds up."""
     grad = torch.zeros(logits.shape, dtype=logits.dtype)
     curved, level = bool(weights.on_p_logp.any()), bool(weights.everywhere.any())
     block = Block(logits, how, 2 + curved)

@@ -6,7 +6,7 @@
  *
  *     m = max z   s0 = sum e   s1 = sum e*d   m2 = sum e*(d - s1/s0)^2   sd = sum d   n = columns with z > -inf
  *
- * with d = z - m and e = exp(d). The Python side is raise_kernels/_native_c.py, which mirrors `Job`. */
+ * with d = z - m and e = exp(d). The Python side is raise_kernels/native_compiled.py, which mirrors `Job`. */
 #include <pthread.h>
 
 #include "vector_math.h"
@@ -262,8 +262,11 @@ static void score(const Job *job, int64_t t)
     value[SELF_CERTAINTY] = log_s - all.sd / all.n - log(all.n);
     value[VARENTROPY] = all.m2 / all.s0;
     value[COUNT] = all.n;
-    for (int field = 0; field < FIELDS; field++)
-        put(job, t, field, bad ? NAN : value[field]);
+    for (int field = 0; field < FIELDS; field++) {
+        /* A row without an unmasked column has no statistics, but as a part of a longer row it has a top. */
+        int kept = !bad || (field == TOP && all.s0 == 0);
+        put(job, t, field, kept ? value[field] : NAN);
+    }
 }
 
 /* dz += p (A + B log p) + C of one token. */
