@@ -3,7 +3,11 @@
 import sys
 from importlib import import_module
 
-BENCHES = {"arms": "the demo's comparison of rewards, paired over seeds"}
+BENCHES = {
+    "arms": "the demo's comparison of rewards, paired over seeds",
+    "ops": "the operations against eager PyTorch and other libraries: time, memory, error",
+    "report": "tables and figures of the recorded runs of ops",
+}
 
 
 def main() -> int:
