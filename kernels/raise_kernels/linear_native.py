@@ -17,15 +17,9 @@ from torch import Tensor
 
 from raise_kernels._backward import Coefficients, LinearEngine, LinearGradient, Normaliser
 from raise_kernels._checks import LogitMap
+from raise_kernels._gemm import matmul
 from raise_kernels.merge import merge_parts, part_names
 from raise_kernels.native import stats_backward, stats_forward
-
-
-def matmul(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False) -> Tensor:
-    if accumulate:
-        return out.addmm_(a.to(out.dtype), b.to(out.dtype))
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
 
 COLUMNS = 8192  # of a block of the forward; a constant, since the bits of a row depend on where blocks end
 MOST_ROWS = 512  # of a tile of the forward; more make no product faster
@@ -142,14 +136,15 @@ def _tile_stats(
         if "topk_logp_mean" in names:
             best = torch.cat([best, logits.topk(min(topk, len(w)), -1).values], -1)
             best = best.topk(min(topk, best.shape[-1]), -1).values
-    merged = tuple(dict.fromkeys((*names, "top", "max_logp"))) if best.shape[1] else names
+    merged = tuple(dict.fromkeys((*names, "max_logp"))) if best.shape[1] else names
     joined = merge_parts(
         {name: torch.stack(values) for name, values in parts.items()},
         torch.stack(mine),
         [name for name in merged if name != "topk_logp_mean"],
     )
     if "topk_logp_mean" in names:
-        log_p = (_to_z(best, how) - joined["top"][:, None]) + joined["max_logp"][:, None]
+        z = _to_z(best, how)
+        log_p = (z - z[:, :1]) + joined["max_logp"][:, None]
         kept = best > -math.inf
         mean = torch.where(kept, log_p, 0.0).sum(-1) / kept.sum(-1)
         joined["topk_logp_mean"] = torch.where(joined["max_logp"].isnan(), math.nan, mean)
