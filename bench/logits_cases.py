@@ -64,11 +64,13 @@ def switched(value: str | None) -> Iterator[None]:
     before = os.environ.get(SWITCH)
     if value is not None:
         os.environ[SWITCH] = value
-    yield
-    if value is not None:
-        os.environ.pop(SWITCH)
-        if before is not None:
-            os.environ[SWITCH] = before
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ.pop(SWITCH)
+            if before is not None:
+                os.environ[SWITCH] = before
 
 
 def ours(want: tuple[str, ...], switch: str | None = None) -> Callable[[Logits], Call]:
