@@ -50,7 +50,17 @@ setup(
     extras_require={
         "train": TRAIN,
         "gpu": [TRITON, "flash-attn>=2.8", "liger-kernel>=0.6"],
-        "bench": [TRITON, "pytest>=9.0", "pytest-benchmark>=5.2", "matplotlib>=3.10"],
+        "bench": [
+            TRITON,
+            "pytest>=9.0",
+            "pytest-benchmark>=5.2",
+            "matplotlib>=3.10",
+            "rich>=15.0",
+            # what is compared with: the versions that were run
+            "trl>=1.16; python_version >= '3.11'",
+            "liger-kernel>=0.8.5; platform_system == 'Linux'",
+            "cut-cross-entropy>=25.1.1; platform_system == 'Linux'",
+        ],
         "test": [
             *TRAIN,
             TRITON,

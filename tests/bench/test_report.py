@@ -13,7 +13,8 @@ from bench import report
 ABOUT = {
     "commit": "0123456789abcdef", "dirty": True, "python": "3.11", "torch": "2.14", "threads": 2,
     "begun": "2026-01-02T00:00:00Z", "device": "a processor", "device_kind": "cpu",
-    "processor": "x", "memory_bytes": 2**34, "packages": {"torch": "2.14", "trl": ""}, "compiled": True, "quick": False,
+    "processor": "x", "memory_bytes": 2**34, "packages": {"torch": "2.14", "trl": ""}, "compiled": True,
+    "quick": False,
 }  # fmt: skip
 
 
