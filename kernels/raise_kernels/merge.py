@@ -7,6 +7,7 @@ With lse_k the log-normaliser of part k, w_k = exp(lse_k - lse) its share of the
     entropy         sum_k w_k a_k,   a_k = entropy_k - log w_k
     varentropy      sum_k w_k (varentropy_k + (a_k - entropy)^2)
     self_certainty  from sum z = sum_k n_k mean_k,   mean_k = lse_k - self_certainty_k - log n_k
+    topk_logp_mean  from the best logits of each part
 
 Everything is relative to the largest logit and in float64, so that a merge costs one rounding: the K x T
 numbers are few. Parts are added in their order.
@@ -35,9 +36,15 @@ NEEDS = {
 VECTOR, CALL = 64, 16384
 
 
-def part_names(names: Sequence[str]) -> tuple[str, ...]:
-    """What each part has to give, so that `names` can be merged."""
+def part_names(names: Sequence[str], topk: int = 0) -> tuple[str, ...]:
+    """What each part has to give, so that `names` can be merged.
+
+    With topk, topk_logp_mean needs "best0", "best1", ...: the `topk` largest z of the part, -inf where it has
+    fewer.
+    """
     needed = [*NORMALISER, *(part for name in names for part in NEEDS.get(name, ()))]
+    if "topk_logp_mean" in names:
+        needed += [f"best{k}" for k in range(topk)]
     return tuple(dict.fromkeys(needed))
 
 
@@ -45,7 +52,7 @@ def merge_parts(parts: Mapping[str, Tensor], mine: Tensor, names: Sequence[str])
     """Whole-row statistics [T] for each of `names` from parts [K, T]; mine [K, T] marks the target's part.
 
     A part whose columns are all masked has top = -inf. A row is NaN where a part is, where all parts are
-    masked, and where no part holds the target. Results have the dtype of the parts.
+    masked (but its top is -inf), and where no part holds the target. Results have the dtype of the parts.
     """
     count = mine.shape[1]
     out = {name: torch.empty(count, dtype=parts["top"].dtype, device=mine.device) for name in names}
@@ -112,4 +119,16 @@ def _merge_block(parts: dict[str, Tensor], mine: Tensor, names: Sequence[str]) -
             out["self_certainty"] = log_s - _total(total) / out["count"] - out["count"].log()
     if "rank" in names:
         out["rank"] = _total(over_parts("rank"))
-    return {name: value.masked_fill(bad, math.nan) for name, value in out.items() if name in names}
+    if "topk_logp_mean" in names:
+        out["topk_logp_mean"] = _best_mean(parts, top, log_s)
+    no_top = bad & ~((top == -math.inf) & mine.any(0))
+    return {n: out[n].masked_fill(no_top if n == "top" else bad, math.nan) for n in names}
+
+
+def _best_mean(parts: dict[str, Tensor], top: Tensor, log_s: Tensor) -> Tensor:
+    """Mean log-probability of the best columns of all parts."""
+    best = [value for name, value in parts.items() if name.startswith("best")]
+    chosen = torch.cat(best).topk(len(best), 0).values.unbind(0)
+    # A best z that was rounded on its own must not pass the largest.
+    logp = [torch.where(z > -math.inf, (z - top).clamp(max=0.0) - log_s, 0.0) for z in chosen]
+    return _total(logp) / _total([(z > -math.inf).double() for z in chosen])
