@@ -109,7 +109,7 @@ static float largest(const float *z, int64_t count)
     return lane[0];
 }
 
-INLINE double total(const float *lane)
+static double total(const float *lane)
 {
     double wide[LANES];
     for (int i = 0; i < LANES; i++)
@@ -137,10 +137,10 @@ INLINE Piece sums(const float *z, int64_t count, float m, const char *ahead, int
             s0[i] += e;
             if (level >= 1) {
                 /* Where e is 0, d may be infinite. */
-                float near = d < EXP_LOWEST ? 0.0f : d;
+                float near = keep(!(d < EXP_LOWEST), d);
                 s1[i] += e * near;
-                sd[i] += x == -INFINITY ? 0.0f : d;
-                n[i] += x == -INFINITY ? 0.0f : 1.0f;
+                sd[i] += keep(x != -INFINITY, d);
+                n[i] += keep(x != -INFINITY, 1.0f);
                 if (level >= 2) {
                     e_kept[j + i] = e;
                     d_kept[j + i] = near;
@@ -278,7 +278,7 @@ static void add_token(const Job *job, int64_t t, const float *z, int64_t count, 
         for (int i = 0; i < LANES; i++) {
             /* lse in two parts: rounded to one number it would cost p its precision. */
             float log_p = (z[j + i] - top) + max_logp;
-            float near = log_p < EXP_LOWEST ? 0.0f : log_p;
+            float near = keep(!(log_p < EXP_LOWEST), log_p);
             dz[j + i] += fast_exp(log_p) * (on_p + on_p_logp * near) + everywhere;
         }
 }
@@ -292,7 +292,7 @@ static void to_dx(const Job *job, const float *z, int64_t count, float *dz)
         for (int i = 0; i < LANES; i++) {
             float bent = capped ? z[j + i] / b : 0.0f;
             float dx = dz[j + i] * (slope * (1.0f - bent * bent));
-            dz[j + i] = z[j + i] == -INFINITY ? 0.0f : dx;
+            dz[j + i] = keep(z[j + i] != -INFINITY, dx);
         }
 }
 

@@ -28,6 +28,12 @@ INLINE uint32_t as_bits(float x)
     return bits;
 }
 
+/* x, or 0 where it is not to be kept. By bits: compilers make branches of choices that share a condition. */
+INLINE float keep(int wanted, float x)
+{
+    return as_float(as_bits(x) & -(uint32_t)wanted);
+}
+
 /* e^x for x <= 88, 0 below EXP_LOWEST: 2^n e^r with n = round(x / log 2) and a polynomial of relative error
  * 3e-9 for |r| <= log(2) / 2. log 2 comes in two parts, the first short enough for n times it to be exact. */
 INLINE float fast_exp(float x)
