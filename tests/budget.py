@@ -77,6 +77,60 @@ def assert_at_most(actual: Tensor, bound: Tensor | float, *, name: str) -> None:
         raise AssertionError(_report(name, "above its bound", over, got, limit, limit))
 
 
+def half_ulp(dtype: torch.dtype) -> float:
+    """What one rounding costs a result of size 1: no peer that rounds is expected to be better for sure."""
+    return torch.finfo(dtype).eps / 2
+
+
+def rounding(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The most that rounding x to `dtype` can cost, element by element: half an ulp, subnormal or not."""
+    info = torch.finfo(dtype)
+    return x.abs().clamp(min=info.tiny) * half_ulp(dtype)
+
+
+def less_exact(one: Tensor, other: Tensor, oracle: Tensor) -> Tensor:
+    """Of each element whichever of two results is further from the oracle: one peer can have luck."""
+    further = (other.double() - oracle).abs() > (one.double() - oracle).abs()
+    return torch.where(further, other, one)
+
+
+def no_better_than(peer: Tensor, oracle: Tensor, floor: Tensor | float) -> Tensor:
+    """A peer's result, and `floor` beside the oracle wherever the peer came closer than that by luck."""
+    return less_exact((oracle + floor).to(peer.dtype), peer, oracle)
+
+
+def undecided(value: Tensor, threshold: Tensor | float, roundings: int = 8) -> Tensor:
+    """Where fp32 arithmetic on numbers of size 1 may land on either side of a threshold.
+
+    A handful of operations, each rounded once, lie between inputs and value; 8 unless stated.
+    """
+    return (value - threshold).abs() < roundings * half_ulp(torch.float32)
+
+
+def rank_slack(z: Tensor, y: Tensor, size: float, terms: int) -> Tensor:
+    """Columns [T] that rounding may put on either side of the target's in a rank. z [T, V] in fp64.
+
+    A sum of `terms` products, whose magnitudes add up to at most `size`, is off by at most terms * half an
+    ulp of that, in any order (Higham, Accuracy and Stability of Numerical Algorithms, 3.1); the map to z
+    adds a few roundings of z.
+    """
+    known = (y >= 0) & (y < z.shape[1])
+    z_y = z.gather(1, torch.where(known, y, 0)[:, None])
+    largest = z.abs().masked_fill(~z.isfinite(), 0.0).amax(1, keepdim=True)
+    reach = 2 * half_ulp(torch.float32) * ((terms + 1) * size + 8 * largest)
+    near = ((z - z_y).abs() <= reach).sum(1) - 1
+    return torch.where(known, near, 0)
+
+
+def assert_rank(actual: Tensor, oracle: Tensor, slack: Tensor, *, name: str) -> None:
+    """Fail when a rank differs from the oracle's by more than the columns that rounding may move."""
+    off = ~((actual - oracle).abs() <= slack) & ~(actual.isnan() & oracle.isnan())
+    if off.any():
+        raise AssertionError(
+            _report(name, "rank beyond its ties", off, actual.double(), oracle, slack.double())
+        )
+
+
 def _report(name: str, what: str, where: Tensor, got: Tensor, want: Tensor, peer: Tensor) -> str:
     gap = torch.where(where, (got - want).abs().nan_to_num(torch.inf), -1.0)
     i = int(gap.argmax())

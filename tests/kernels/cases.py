@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raise_kernels import native, reference, token_stats
 from raise_kernels._checks import PLAIN, STATS, LogitMap
-from tests.budget import assert_within_error_budget
+from tests.budget import assert_within_error_budget, half_ulp, less_exact
 
 Stats = Callable[..., dict[str, Tensor]]
 IMPLS: dict[str, Stats] = {
@@ -24,6 +24,7 @@ IGNORED = -100
 
 
 def names_of(impl: str) -> tuple[str, ...]:
+    """What most tests ask for: test_token_topk.py has the one that takes the interpreter long."""
     return tuple(n for n in STATS if impl != "triton" or n != "topk_logp_mean")
 
 
@@ -37,8 +38,7 @@ def permuted_peers(
     rounded at least once, so no result is expected to be better than that.
     """
     columns = how.columns(logits.shape[-1])
-    half_ulp_of_one = torch.finfo(torch.float32).eps / 2
-    worst = {name: (value + half_ulp_of_one).float() for name, value in oracle.items()}
+    worst = {name: (value + half_ulp(torch.float32)).float() for name, value in oracle.items()}
     for k in range(3):
         order = torch.arange(columns) if k == 0 else torch.randperm(columns)
         place = torch.empty_like(order)
@@ -46,15 +46,13 @@ def permuted_peers(
         inside = (y >= 0) & (y < columns)
         moved = torch.where(inside, place[y.clamp(0, columns - 1)], y)
         peer = reference.token_stats(logits[..., :columns][..., order], moved, how=folded(how, k), **kwargs)
-        for name, value in peer.items():
-            error, before = ((v - oracle[name]).abs() for v in (value, worst[name]))
-            worst[name] = torch.where(error > before, value, worst[name])
+        worst = {name: less_exact(worst[name], value, oracle[name]) for name, value in peer.items()}
     return worst
 
 
 def folded(how: LogitMap, k: int) -> LogitMap:
     """`how` on the valid columns alone; for k > 0 with the temperature folded into the other factors."""
-    t = 1.0 if k == 0 else how.temperature * (1 + (k - 1) * torch.finfo(torch.float32).eps / 2)
+    t = 1.0 if k == 0 else how.temperature * (1 + (k - 1) * half_ulp(torch.float32))
     return LogitMap(
         temperature=how.temperature if k == 0 else 1.0,
         logit_scale=how.logit_scale / t,
@@ -84,11 +82,38 @@ def judge(
 
 
 def gradient(stats: Stats, logits: Tensor, y: Tensor, upstream: dict[str, Tensor], **kw: Any) -> Tensor:
-    """d (sum of upstream * statistic) / d logits."""
-    leaf = logits.detach().clone().requires_grad_()
+    """d (sum of upstream * statistic) / d logits, whose strides are kept."""
+    leaf = logits.detach().requires_grad_()
     out = stats(leaf, y, want=tuple(upstream), **kw)
     values = [out[name] for name in upstream]
     return torch.autograd.grad(values, [leaf], [upstream[n].to(out[n].dtype) for n in upstream])[0]
+
+
+def judge_gradient(
+    impl: str, logits: Tensor, y: Tensor, up: dict[str, Tensor], how: LogitMap = PLAIN, **kw: Any
+) -> Tensor:
+    """Hold d (sum of up * statistics) / d logits of `impl` to the budget of fp32 autograd."""
+    actual = gradient(IMPLS[impl], logits, y, up, how=how, **kw)
+    assert actual.dtype == logits.dtype and actual.shape == logits.shape
+    oracle = gradient(reference.token_stats, logits.double(), y, up, how=how, **kw)
+    columns = how.columns(logits.shape[-1])
+    # p is rounded at 1 and multiplied by every upstream gradient and the slope of z
+    reach = sum(float(u.abs().max()) for u in up.values() if u.numel()) * how.factors[0] * how.factors[1]
+    worst = (oracle + half_ulp(torch.float32) * reach).to(logits.dtype)
+    for k in range(3):
+        peer = torch.zeros_like(oracle)
+        part = gradient(reference.token_stats, logits[..., :columns].float(), y, up, how=folded(how, k), **kw)
+        peer[..., :columns] = part.double()
+        worst = less_exact(worst, peer.to(logits.dtype), oracle)
+    assert_within_error_budget(actual, oracle, worst, name=f"{impl} gradient of {tuple(up)}")
+    return actual
+
+
+def some_targets(draw: st.DrawFn, g: torch.Generator, vocab: int, shape: tuple[int, ...]) -> Tensor:
+    """Targets of which some are ignored and some lie outside the vocabulary."""
+    y = torch.randint(0, vocab, shape, generator=g)
+    y = torch.where(torch.rand(shape, generator=g) < 0.15, IGNORED, y)
+    return torch.where(torch.rand(shape, generator=g) < 0.1, draw(st.sampled_from([-1, vocab, 2**40])), y)
 
 
 @st.composite
@@ -110,9 +135,7 @@ def rows_of_logits(draw: st.DrawFn, largest: int = 700) -> tuple[Tensor, Tensor,
         x[torch.rand(x.shape[:-1], generator=g) < 0.3] = draw(
             st.sampled_from([float("-inf"), float("nan"), float("inf")])
         )
-    y = torch.randint(0, vocab, tuple(lead), generator=g)
-    y = torch.where(torch.rand(y.shape, generator=g) < 0.15, IGNORED, y)
-    y = torch.where(torch.rand(y.shape, generator=g) < 0.1, draw(st.sampled_from([-1, vocab, 2**40])), y)
+    y = some_targets(draw, g, vocab, tuple(lead))
     how = LogitMap(
         temperature=draw(st.sampled_from([1.0, 0.3, 2.5])),
         logit_scale=draw(st.sampled_from([1.0, 0.0625, 3.0])),
