@@ -114,8 +114,6 @@ def token_stats(
 ) -> dict[str, Tensor]:
     """As `reference.token_stats`, by the engine "native" or "triton"; differentiable once in logits."""
     names = check_want(want)
-    if engine == "triton" and "topk_logp_mean" in names:
-        raise ValueError('want names "topk_logp_mean", which impl="native" and impl="reference" compute')
     check_stats(logits, targets, rows)
     if engine == "triton" and logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
@@ -125,8 +123,8 @@ def token_stats(
         raise ValueError(f'logits is on {logits.device}; impl="native" runs on the CPU, use impl="triton"')
     if topk < 1:
         raise ValueError(f"topk is {topk}; give at least 1")
-    y = targets.reshape(-1).long()
-    n = None if rows is None else rows.long()
+    y = targets.reshape(-1).long().contiguous()
+    n = None if rows is None else rows.long().contiguous()
     asked = names
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     if differentiable:

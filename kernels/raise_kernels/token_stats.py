@@ -39,6 +39,7 @@ from raise_kernels._tiles import (
     to_z,
 )
 from raise_kernels.token_stats_backward import stats_backward
+from raise_kernels.token_topk import topk_logp_mean
 
 SPLIT = 16384  # columns of one program; a power of two and a multiple of every tile
 ROWS = 64  # rows that one merging program joins
@@ -223,8 +224,8 @@ class Partials(NamedTuple):
 
 
 def level_of(want: Sequence[str]) -> int:
-    """The cheapest level that gives every name in `want`."""
-    return max(k for k, names in enumerate(LEVELS) if set(names) & set(want))
+    """The cheapest level that gives every name in `want`; topk_logp_mean needs what the lowest gives."""
+    return max((k for k, names in enumerate(LEVELS) if set(names) & set(want)), default=0)
 
 
 def tile(warp_size: int, capped: bool, level: int, item: int) -> tuple[int, int]:
@@ -303,11 +304,15 @@ def merge(partials: Partials) -> dict[str, Tensor]:
 def stats_forward(
     logits: Tensor, y: Tensor, rows: Tensor | None, how: LogitMap, names: tuple[str, ...], topk: int
 ) -> dict[str, Tensor]:
-    """Both launches. y, rows [T] int64 -> every name of the level that `names` needs, [T] each."""
-    level = level_of(names)
+    """Two launches, and two more for topk_logp_mean. y, rows [T] int64 -> at least `names`, [T] each."""
     if not len(y):
-        return {name: torch.empty(0, device=logits.device) for names in LEVELS for name in names}
-    return merge(partial_stats(logits, y, None if rows is None else rows.contiguous(), how, level))
+        return {name: torch.empty(0, device=logits.device) for name in names}
+    rows = None if rows is None else rows.contiguous()
+    out = merge(partial_stats(logits, y, rows, how, level_of(names)))
+    if "topk_logp_mean" in names:
+        best = topk_logp_mean(logits, y, rows, how, topk, out["top"], out["max_logp"])
+        out["topk_logp_mean"] = best
+    return out
 
 
 ENGINE = Engine(stats_forward, stats_backward)
@@ -320,10 +325,11 @@ def token_stats(
     rows: Tensor | None = None,
     how: LogitMap = PLAIN,
     want: Sequence[str] = ("logp",),
+    topk: int = 20,
 ) -> dict[str, Tensor]:
     """As `reference.token_stats`; outputs fp32 with the shape of targets, differentiable once in logits.
 
     logits [..., V] fp32, bf16 or fp16 with any strides, never copied; targets and rows int64 or int32. The
-    gradient has the dtype of logits. Does not compute `topk_logp_mean`.
+    gradient has the dtype of logits. topk is at most 215 at 151936 columns (`token_topk`).
     """
-    return _operator.token_stats("triton", logits, targets, rows=rows, how=how, want=want)
+    return _operator.token_stats("triton", logits, targets, rows=rows, how=how, want=want, topk=topk)

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raise_core import ops
-from raise_kernels import _operator, confidence, native, token_stats, token_stats_backward
+from raise_kernels import _operator, confidence, native, token_stats, token_stats_backward, token_topk
 from raise_kernels._checks import DIFFERENTIABLE
 from tests.budget import assert_exact
 
@@ -71,7 +71,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for kernel in {type(token_stats._stats_kernel), type(confidence._group_kernel)}:
         monkeypatch.setattr(kernel, "run", lambda self, *_, **__: seen.append(self.fn.__name__))
-    for module in (token_stats, token_stats_backward):
+    for module in (token_stats, token_stats_backward, token_topk):
         monkeypatch.setattr(module, "alignment", lambda *_: 1)  # a fake tensor has no address
     return seen
 
@@ -109,8 +109,9 @@ def test_rewards_read_nothing_back_from_the_device(
     assert metrics["bonus_share"].shape == ()
 
 
-@pytest.mark.parametrize("want", [("logp",), ("entropy", "rank")])
+@pytest.mark.parametrize("want", [("logp",), ("entropy", "rank"), ("logp", "topk_logp_mean")])
 def test_statistics_and_their_gradient_read_nothing_back(launches: list[str], want: tuple[str, ...]) -> None:
+    best = ["_select_kernel", "_finish_kernel"] if "topk_logp_mean" in want else []
     with FakeTensorMode():
         logits, y = torch.randn(4, 6, 50), torch.zeros(5, dtype=torch.long)
         rows = torch.zeros(5, dtype=torch.long)
@@ -118,7 +119,7 @@ def test_statistics_and_their_gradient_read_nothing_back(launches: list[str], wa
         names = ",".join(dict.fromkeys((*want, "top", "max_logp", "entropy", "count")))
         stats = _operator._forward._init_fn(logits, y, rows, *options, names, 20, "triton")
         grad = _operator._backward._init_fn(stats, stats, logits, y, rows, *options, names, 20, "triton")
-    assert launches == ["_stats_kernel", "_merge_kernel", "_grad_kernel"]
+    assert launches == ["_stats_kernel", "_merge_kernel", *best, "_grad_kernel"]
     assert grad.shape == logits.shape
 
 
