@@ -1,9 +1,10 @@
 /* c [m, n] fp32 (+)= a [m, k] @ b [k, n], of bf16, fp16 or fp32, with any strides of a and b.
  *
- * a and b are packed to panels of 32-bit lanes, one lane for each row of a or column of b and each step along k.
- * A step is a pair of bf16 (vdpbf16ps) or one fp32, so that all dtypes share everything but the one instruction.
- * An element of c is the sum of its blocks of STEPS steps, in order, each block summed in order from zero: its
- * bits depend neither on the other rows and columns nor on the number of threads.
+ * a and b are packed to panels of 32-bit lanes: a lane for each row of a or column of b, at each step of k.
+ * A step is a pair of bf16 (vdpbf16ps) or one fp32; beyond loading and that instruction the dtypes share all.
+ * An element of c is the sum of blocks of STEPS steps, a block the sum of chains of CHAIN steps, in order
+ * and each from zero: its bits depend neither on other rows and columns nor on the number of threads.
+ * Short chains round less than long ones.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -13,24 +14,19 @@ enum { BF16 = 0, FP16 = 1, FP32 = 2, BF16_WIDENED = 3 };
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
-#ifndef STEPS
-#define STEPS 512 /* steps of a block */
-#endif
-#ifndef CHAIN
-#define CHAIN 64 /* steps that are summed one after another */
-#endif
-#define ROWS 8    /* rows and vectors of 16 columns of c that are kept in registers */
+#define STEPS 512 /* a multiple of CHAIN and of 16 */
+#define CHAIN 64
+#define ROWS 8 /* of c, and vectors of 16 columns, that are kept in registers */
 #define VECTORS 3
 #define WIDTH (16 * VECTORS)
+#define STRIP (4 * WIDTH) /* columns of b packed at one time: 384 KB, to stay in the second-level cache */
+#define TILE_M 512        /* a thread takes tiles of c of at most this size */
+#define TILE_N (6 * STRIP)
+#define HELD (3 << 18) /* lanes of packed a, and of packed b, that may be kept over all of k: 3 MB each */
+#define AHEAD 8        /* steps that rows of adjacent lanes are fetched before they are packed */
+#define A_PANEL (STEPS * ROWS + 16) /* not a power of two, so that panels do not share a few cache sets */
+#define B_PANEL (STEPS * WIDTH + 16)
 #define INLINE static inline __attribute__((always_inline))
-
-#ifndef TILE_M
-#define TILE_M 512
-#endif
-#ifndef TILE_N
-#define TILE_N (21 * WIDTH)
-#endif
-#define HELD (6 << 18) /* lanes of packed a and b that may be kept over all of k: 6 MB */
 
 #ifdef __AVX512BF16__
 #define PAIRS 1
@@ -43,7 +39,7 @@ typedef uint32_t lane;
 
 typedef struct {
   const char *p;
-  i64 lanes, k;             /* rows of a or columns of b, and the contracted size */
+  i64 lanes, k;              /* rows of a or columns of b, and the contracted size */
   i64 lane_stride, k_stride; /* bytes */
   int kind;
 } source;
@@ -53,9 +49,12 @@ static i64 parts(i64 x, i64 y) { return (x + y - 1) / y; }
 static int depth(int kind) { return kind == BF16 ? 2 : 1; }
 static int bytes(int kind) { return kind == FP32 ? 4 : 2; }
 
+/* The first `count` of 16. */
+static __mmask16 first_of(i64 count) { return _cvtu32_mask16(count >= 16 ? 0xffff : (1u << count) - 1); }
+
 /* ---- packing ---- */
 
-/* `count` <= 16 adjacent lanes (or, along k, steps) of one-element steps; the others are 0. */
+/* 16 adjacent elements, a lane each: those in the mask, else 0. A BF16 goes to the low half of its lane. */
 INLINE __m512i widened(int kind, const void *p, __mmask16 mask) {
   if (kind == FP32) return _mm512_maskz_loadu_epi32(mask, p);
   __m256i half = _mm256_maskz_loadu_epi16(mask, p);
@@ -72,15 +71,16 @@ INLINE __m512i across(int kind, const source *x, const char *p, i64 s, __mmask16
   return _mm512_or_si512(first, _mm512_slli_epi32(widened(BF16, p + (2 * s + 1) * x->k_stride, mask), 16));
 }
 
-/* Up to 16 steps of one lane whose elements are adjacent along k, `left` elements from its end. */
+/* 16 steps of a lane whose elements are adjacent along k; 0 from `left` elements on. */
 INLINE __m512i along(int kind, const char *p, i64 left) {
   if (kind == BF16) {
     if (left >= 32) return _mm512_loadu_si512(p);
     return _mm512_maskz_loadu_epi16(_cvtu32_mask32((1u << left) - 1), p);
   }
-  return widened(kind, p, _cvtu32_mask16(left >= 16 ? 0xffff : (1u << left) - 1));
+  return widened(kind, p, first_of(left));
 }
 
+/* Step s of one lane. */
 INLINE lane one(int kind, const source *x, const char *p, i64 s) {
   if (kind == FP32) return *(const lane *)(p + s * x->k_stride);
   if (kind == FP16) {
@@ -122,69 +122,84 @@ INLINE void transpose16(__m512i r[16]) {
 }
 
 /* Where a group of 16 lanes goes: two halves, since a panel of a is 8 lanes wide and one of b 48. */
-typedef struct { lane *low, *high; i64 step; } place;
+typedef struct {
+  lane *low, *high;
+} place;
 
-INLINE place place_of(lane *to, i64 group, i64 panel, int width) {
-  if (width == ROWS) return (place){to + 2 * group * panel, to + (2 * group + 1) * panel, ROWS};
-  lane *low = to + group / VECTORS * panel + group % VECTORS * 16;
-  return (place){low, low + 8, WIDTH};
+INLINE place place_of(int width, lane *to, i64 group) {
+  if (width == ROWS) return (place){to + 2 * group * A_PANEL, to + (2 * group + 1) * A_PANEL};
+  lane *low = to + group / VECTORS * B_PANEL + group % VECTORS * 16;
+  return (place){low, low + 8};
 }
 
-INLINE void put(place at, i64 step, __m512i value) {
-  _mm256_storeu_si256((__m256i *)(at.low + step * at.step), _mm512_castsi512_si256(value));
-  _mm256_storeu_si256((__m256i *)(at.high + step * at.step), _mm512_extracti64x4_epi64(value, 1));
-}
-
-/* Lanes [first, first + lanes) and steps [from, from + steps) of x to panels of `width` lanes. */
-INLINE void pack_kind(int kind, int width, lane *to, i64 panel, const source *x, i64 first, i64 lanes, i64 from,
-                      i64 steps) {
-  const char *base = x->p + first * x->lane_stride;
-  i64 groups = parts(lanes, 16);
-  if (x->lane_stride == bytes(kind)) {
-    for (i64 s = 0; s < steps; s++)
-      for (i64 g = 0; g < groups; g++) {
-        i64 left = lanes - 16 * g;
-        __mmask16 mask = _cvtu32_mask16(left >= 16 ? 0xffff : (1u << left) - 1);
-        const char *p = base + 16 * g * x->lane_stride;
-        put(place_of(to, g, panel, width), s, across(kind, x, p, from + s, mask));
-      }
+INLINE void put(int width, place at, i64 step, __m512i value) {
+  if (width == WIDTH) {
+    _mm512_store_si512(at.low + step * WIDTH, value);
     return;
   }
-  for (i64 g = 0; g < groups; g++) {
-    i64 left = least(16, lanes - 16 * g);
-    const char *p = base + 16 * g * x->lane_stride;
-    place at = place_of(to, g, panel, width);
+  _mm256_store_si256((__m256i *)(at.low + step * ROWS), _mm512_castsi512_si256(value));
+  _mm256_store_si256((__m256i *)(at.high + step * ROWS), _mm512_extracti64x4_epi64(value, 1));
+}
+
+/* Lanes from x->p on that are adjacent in memory: row after row of it, over all panels. */
+INLINE void pack_across(int kind, int width, lane *to, const source *x, const char *p, i64 lanes, i64 from,
+                        i64 steps) {
+  for (i64 s = 0; s < steps; s++)
+    for (i64 l = 0; l < lanes; l += 16) {
+      const char *at = p + l * bytes(kind);
+      for (int d = 0; d < depth(kind); d++)
+        _mm_prefetch(at + ((from + s + AHEAD) * depth(kind) + d) * x->k_stride, _MM_HINT_T0);
+      put(width, place_of(width, to, l / 16), s, across(kind, x, at, from + s, first_of(lanes - l)));
+    }
+}
+
+/* 16 steps of up to 16 lanes that are not adjacent. */
+INLINE void square(int kind, const source *x, const char *p, i64 lanes, i64 from, i64 steps, __m512i r[16]) {
+  if (x->k_stride == bytes(kind)) {
+    i64 element = from * depth(kind);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      const char *at = p + i * x->lane_stride + element * bytes(kind);
+      r[i] = i < lanes ? along(kind, at, x->k - element) : _mm512_setzero_si512();
+    }
+    transpose16(r);
+    return;
+  }
+  lane gathered[16][16] = {{0}};
+  for (i64 j = 0; j < least(16, steps); j++)
+    for (i64 i = 0; i < lanes; i++) gathered[j][i] = one(kind, x, p + i * x->lane_stride, from + j);
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(gathered[j]);
+}
+
+/* Lanes [first, first + lanes) and steps [from, from + steps) of x to panels. */
+INLINE void pack_kind(int kind, int width, lane *to, const source *x, i64 first, i64 lanes, i64 from,
+                      i64 steps) {
+  const char *p = x->p + first * x->lane_stride;
+  if (x->lane_stride == bytes(kind)) {
+    pack_across(kind, width, to, x, p, lanes, from, steps);
+    return;
+  }
+  for (i64 l = 0; l < lanes; l += 16) {
+    place at = place_of(width, to, l / 16);
     for (i64 s = 0; s < steps; s += 16) {
       __m512i r[16];
-      if (x->k_stride == bytes(kind)) {
-        i64 element = (from + s) * depth(kind);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++)
-          r[i] = i < left ? along(kind, p + i * x->lane_stride + element * bytes(kind), x->k - element)
-                          : _mm512_setzero_si512();
-        transpose16(r);
-      } else {
-        lane square[16][16] = {{0}};
-        for (i64 j = 0; j < least(16, steps - s); j++)
-          for (i64 i = 0; i < left; i++) square[j][i] = one(kind, x, p + i * x->lane_stride, from + s + j);
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(square[j]);
-      }
+      square(kind, x, p + l * x->lane_stride, least(16, lanes - l), from + s, steps - s, r);
 #pragma GCC unroll 16
       for (int j = 0; j < 16; j++)
-        if (s + j < steps) put(at, s + j, r[j]);
+        if (s + j < steps) put(width, at, s + j, r[j]);
     }
   }
 }
 
-#define PACK(name, width)                                                                                     \
-  static void name(lane *to, i64 panel, const source *x, i64 first, i64 lanes, i64 from, i64 steps) {          \
-    switch (x->kind) {                                                                                        \
-    case BF16: pack_kind(BF16, width, to, panel, x, first, lanes, from, steps); break;                         \
-    case FP16: pack_kind(FP16, width, to, panel, x, first, lanes, from, steps); break;                         \
-    case FP32: pack_kind(FP32, width, to, panel, x, first, lanes, from, steps); break;                         \
-    default: pack_kind(BF16_WIDENED, width, to, panel, x, first, lanes, from, steps);                          \
-    }                                                                                                         \
+#define PACK(name, width)                                                                       \
+  static void name(lane *to, const source *x, i64 first, i64 lanes, i64 from, i64 steps) {      \
+    switch (x->kind) {                                                                          \
+    case BF16: pack_kind(BF16, width, to, x, first, lanes, from, steps); break;                 \
+    case FP16: pack_kind(FP16, width, to, x, first, lanes, from, steps); break;                 \
+    case FP32: pack_kind(FP32, width, to, x, first, lanes, from, steps); break;                 \
+    default: pack_kind(BF16_WIDENED, width, to, x, first, lanes, from, steps);                  \
+    }                                                                                           \
   }
 PACK(pack_a, ROWS)
 PACK(pack_b, WIDTH)
@@ -195,37 +210,46 @@ INLINE __m512 dot(int paired, __m512 sum, lane a, __m512i b) {
   __m512i all = _mm512_set1_epi32((int)a);
 #if PAIRS
   if (paired) return _mm512_dpbf16_ps(sum, (__m512bh)all, (__m512bh)b);
+#else
+  (void)paired;
 #endif
   return _mm512_fmadd_ps(_mm512_castsi512_ps(all), _mm512_castsi512_ps(b), sum);
 }
 
-/* One tile of c: `rows` x (16 * vectors), the last vector masked. add: to what c holds. */
-INLINE void tile(int paired, int rows, int vectors, const lane *a, const lane *b, i64 steps, float *c, i64 c_stride,
-                 __mmask16 last, int add) {
+/* What one tile of c reads and writes; a and b are panels, add: to what c holds. */
+typedef struct {
+  const lane *a, *b;
+  float *c;
+  i64 steps, c_stride;
+  int add;
+} task;
+
+/* `rows` x (16 * vectors) of c, the last vector masked. */
+INLINE void tile(int paired, int rows, int vectors, task x, __mmask16 last) {
   float total[ROWS][WIDTH] __attribute__((aligned(64)));
 #pragma GCC unroll 8
   for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; v++) {
-      _mm_prefetch((const char *)(c + i * c_stride + 16 * v), _MM_HINT_T0);
+      _mm_prefetch((const char *)(x.c + i * x.c_stride + 16 * v), _MM_HINT_T0);
       _mm512_store_ps(&total[i][16 * v], _mm512_setzero_ps());
     }
   }
-  for (i64 from = 0; from < steps; from += CHAIN) {
+  for (i64 from = 0; from < x.steps; from += CHAIN) {
     __m512 sum[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 3
       for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_setzero_ps();
     }
-    for (i64 s = least(CHAIN, steps - from); s; s--, a += ROWS, b += WIDTH) {
+    for (i64 s = least(CHAIN, x.steps - from); s; s--, x.a += ROWS, x.b += WIDTH) {
       __m512i row[VECTORS];
 #pragma GCC unroll 3
-      for (int v = 0; v < vectors; v++) row[v] = _mm512_loadu_si512(b + 16 * v);
+      for (int v = 0; v < vectors; v++) row[v] = _mm512_loadu_si512(x.b + 16 * v);
 #pragma GCC unroll 8
       for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) sum[i][v] = dot(paired, sum[i][v], a[i], row[v]);
+        for (int v = 0; v < vectors; v++) sum[i][v] = dot(paired, sum[i][v], x.a[i], row[v]);
       }
     }
 #pragma GCC unroll 8
@@ -239,75 +263,89 @@ INLINE void tile(int paired, int rows, int vectors, const lane *a, const lane *b
   }
   for (int i = 0; i < rows; i++) {
     for (int v = 0; v < vectors; v++) {
-      float *at = c + i * c_stride + 16 * v;
-      __mmask16 mask = v == vectors - 1 ? last : (__mmask16)-1;
+      float *at = x.c + i * x.c_stride + 16 * v;
+      __mmask16 mask = v == vectors - 1 ? last : first_of(16);
       __m512 all = _mm512_load_ps(&total[i][16 * v]);
-      if (add) all = _mm512_add_ps(all, _mm512_maskz_loadu_ps(mask, at));
+      if (x.add) all = _mm512_add_ps(all, _mm512_maskz_loadu_ps(mask, at));
       _mm512_mask_storeu_ps(at, mask, all);
     }
   }
 }
 
-#define CASE(rows, vectors)                                                                                   \
-  case (rows) * VECTORS + (vectors)-1: tile(paired, rows, vectors, a, b, steps, c, c_stride, last, add); break;
+#define CASE(rows, vectors) \
+  case (rows)*VECTORS + (vectors): tile(paired, rows, vectors, x, last); break;
 #define CASES(rows) CASE(rows, 1) CASE(rows, 2) CASE(rows, 3)
 
-INLINE void any_tile(int paired, i64 rows, i64 columns, const lane *a, const lane *b, i64 steps, float *c, i64 c_stride,
-                     int add) {
+INLINE void any_tile(int paired, i64 rows, i64 columns, task x) {
   i64 vectors = parts(columns, 16);
-  __mmask16 last = _cvtu32_mask16(0xffffu >> (16 * vectors - columns));
-  switch (rows * VECTORS + vectors - 1) { CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) CASES(7) CASES(8) }
+  __mmask16 last = first_of(columns - 16 * (vectors - 1));
+  switch (rows * VECTORS + vectors) {
+    CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) CASES(7) CASES(8)
+  }
 }
 
-static void paired_tile(i64 rows, i64 columns, const lane *a, const lane *b, i64 steps, float *c, i64 c_stride, int add) {
-  any_tile(1, rows, columns, a, b, steps, c, c_stride, add);
-}
-static void single_tile(i64 rows, i64 columns, const lane *a, const lane *b, i64 steps, float *c, i64 c_stride, int add) {
-  any_tile(0, rows, columns, a, b, steps, c, c_stride, add);
-}
+static void paired_tile(i64 rows, i64 columns, task x) { any_tile(1, rows, columns, x); }
+static void single_tile(i64 rows, i64 columns, task x) { any_tile(0, rows, columns, x); }
 
-/* c [rows, columns] (+)= one block of packed a times one of packed b. A panel of b is used for all rows at once. */
-static void block(int kind, i64 rows, i64 columns, const lane *a, i64 a_panel, const lane *b, i64 b_panel, i64 steps,
-                  float *c, i64 c_stride, int add) {
+/* c [rows, columns] (+)= one block of packed a times one of packed b. */
+static void block(int kind, i64 rows, i64 columns, task x) {
   for (i64 j = 0; j < columns; j += WIDTH)
-    for (i64 i = 0; i < rows; i += ROWS)
-      (kind == BF16 ? paired_tile : single_tile)(least(ROWS, rows - i), least(WIDTH, columns - j), a + i / ROWS * a_panel,
-                                                 b + j / WIDTH * b_panel, steps, c + i * c_stride + j, c_stride, add);
+    for (i64 i = 0; i < rows; i += ROWS) {
+      const lane *a = x.a + i / ROWS * A_PANEL, *b = x.b + j / WIDTH * B_PANEL;
+      task one = {a, b, x.c + i * x.c_stride + j, x.steps, x.c_stride, x.add};
+      (kind == BF16 ? paired_tile : single_tile)(least(ROWS, rows - i), least(WIDTH, columns - j), one);
+    }
 }
 
-#define A_PANEL (STEPS * ROWS + 16) /* not a power of two: stores to many panels would share few cache sets */
-#define B_PANEL (STEPS * WIDTH + 16)
+typedef struct {
+  source a, b;
+  float *c;
+  i64 c_stride, tile_m, tile_n;
+  int add;
+} product;
 
-typedef struct { source a, b; float *c; i64 c_stride, tile_m, tile_n; int add; } product;
+typedef struct {
+  lane *a, *b;
+  i64 a_block, b_block; /* lanes from one packed block of k to the next, 0: it is not kept */
+  i64 a_held, b_held;   /* the row and column whose packed tile is there */
+} scratch;
 
-/* One tile of the grid. Packed operands stay from tile to tile when there is room for all of k (`*_held`). */
-static void grid_tile(const product *x, i64 i, i64 j, lane *pa, lane *pb, i64 a_size, i64 b_size, i64 *a_held, i64 *b_held) {
+/* One tile of the grid, a strip of b at a time, which is used for all rows while it is in the cache.
+ * Packed operands stay from tile to tile (`*_held`) where there is room for all of k. */
+static void grid_tile(const product *x, i64 i, i64 j, scratch *s) {
   i64 rows = least(x->tile_m, x->a.lanes - i), columns = least(x->tile_n, x->b.lanes - j);
   i64 steps = parts(x->a.k, depth(x->a.kind));
   for (i64 from = 0, n = 0; from < steps; from += STEPS, n++) {
     i64 count = least(STEPS, steps - from);
-    lane *a = pa + n * a_size, *b = pb + n * b_size;
-    if (*a_held != i) pack_a(a, A_PANEL, &x->a, i, rows, from, count);
-    if (*b_held != j) pack_b(b, B_PANEL, &x->b, j, columns, from, count);
-    block(x->a.kind, rows, columns, a, A_PANEL, b, B_PANEL, count, x->c + i * x->c_stride + j, x->c_stride, x->add || n);
+    lane *a = s->a + n * s->a_block;
+    if (s->a_held != i) pack_a(a, &x->a, i, rows, from, count);
+    for (i64 l = 0; l < columns; l += STRIP) {
+      lane *b = s->b + n * s->b_block + (s->b_block ? l / WIDTH * B_PANEL : 0);
+      i64 width = least(STRIP, columns - l);
+      if (s->b_held != j) pack_b(b, &x->b, j + l, width, from, count);
+      task one = {a, b, x->c + i * x->c_stride + j + l, count, x->c_stride, x->add || n};
+      block(x->a.kind, rows, width, one);
+    }
   }
-  if (a_size) *a_held = i;
-  if (b_size) *b_held = j;
+  if (s->a_block) s->a_held = i;
+  if (s->b_block) s->b_held = j;
 }
 
 /* Takes tiles of the grid from the shared counter until none is left. */
 static int work(const product *x, i64 *next) {
   i64 blocks = parts(parts(x->a.k, depth(x->a.kind)), STEPS);
   i64 a_size = parts(x->tile_m, 16) * 2 * A_PANEL, b_size = parts(x->tile_n, WIDTH) * B_PANEL;
-  int hold = blocks * (a_size + b_size) <= HELD;
-  i64 copies = hold ? blocks : 1;
-  lane *memory = malloc((copies * (a_size + b_size) + 16) * sizeof(lane));
+  int hold_a = blocks * a_size <= HELD, hold_b = blocks * b_size <= HELD && x->tile_n >= x->b.lanes;
+  if (hold_a) a_size *= blocks;
+  b_size = hold_b ? b_size * blocks : STRIP / WIDTH * B_PANEL;
+  lane *memory = malloc((a_size + b_size + 16) * sizeof(lane));
   if (!memory) return -1;
-  lane *pa = (lane *)(((uintptr_t)memory + 63) & ~(uintptr_t)63), *pb = pa + copies * a_size;
-  i64 a_held = -1, b_held = -1, across = parts(x->b.lanes, x->tile_n), tiles = across * parts(x->a.lanes, x->tile_m);
+  scratch s = {(lane *)(((uintptr_t)memory + 63) & ~(uintptr_t)63), 0, hold_a ? a_size / blocks : 0,
+               hold_b ? b_size / blocks : 0, -1, -1};
+  s.b = s.a + a_size;
+  i64 across = parts(x->b.lanes, x->tile_n), tiles = across * parts(x->a.lanes, x->tile_m);
   for (i64 t; (t = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < tiles;)
-    grid_tile(x, t / across * x->tile_m, t % across * x->tile_n, pa, pb, hold ? a_size : 0, hold ? b_size : 0, &a_held,
-              &b_held);
+    grid_tile(x, t / across * x->tile_m, t % across * x->tile_n, &s);
   free(memory);
   return 0;
 }
@@ -323,11 +361,14 @@ static void cut(product *x, i64 threads) {
   x->tile_n = parts(parts(n, across), WIDTH) * WIDTH;
 }
 
-int raise_gemm(int kind, const void *a, const void *b, float *c, i64 m, i64 n, i64 k, i64 a_m, i64 a_k, i64 b_k, i64 b_n,
-               i64 c_m, int add, i64 threads, i64 *next) {
+/* Strides in elements; those of c along n are 1. Each of `threads` threads calls this once, with the same
+ * arguments and `next` at 0 before. Not 0: there is no memory. */
+int raise_gemm(int kind, const void *a, const void *b, float *c, i64 m, i64 n, i64 k, i64 a_m, i64 a_k,
+               i64 b_k, i64 b_n, i64 c_m, int add, i64 threads, i64 *next) {
   if (kind == BF16 && !PAIRS) kind = BF16_WIDENED;
   i64 size = bytes(kind);
-  product x = {{a, m, k, a_m * size, a_k * size, kind}, {b, n, k, b_n * size, b_k * size, kind}, c, c_m, 0, 0, add};
+  source from_a = {a, m, k, a_m * size, a_k * size, kind}, from_b = {b, n, k, b_n * size, b_k * size, kind};
+  product x = {from_a, from_b, c, c_m, 0, 0, add};
   cut(&x, threads);
   return work(&x, next);
 }
