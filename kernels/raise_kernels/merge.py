@@ -39,8 +39,8 @@ VECTOR, CALL = 64, 16384
 def part_names(names: Sequence[str], topk: int = 0) -> tuple[str, ...]:
     """What each part has to give, so that `names` can be merged.
 
-    With topk, topk_logp_mean needs "best0", "best1", ...: the `topk` largest z of the part, -inf where it has
-    fewer.
+    With topk, topk_logp_mean needs "best0", "best1", ...: how far the `topk` largest z of the part lie below
+    its top, -inf where it has fewer.
     """
     needed = [*NORMALISER, *(part for name in names for part in NEEDS.get(name, ()))]
     if "topk_logp_mean" in names:
@@ -120,15 +120,15 @@ def _merge_block(parts: dict[str, Tensor], mine: Tensor, names: Sequence[str]) -
     if "rank" in names:
         out["rank"] = _total(over_parts("rank"))
     if "topk_logp_mean" in names:
-        out["topk_logp_mean"] = _best_mean(parts, top, log_s)
+        shift = torch.where(parts["top"] == -math.inf, 0.0, parts["top"] - top)
+        best = [value + shift for name, value in parts.items() if name.startswith("best")]
+        out["topk_logp_mean"] = _best_mean(best, log_s)
     no_top = bad & ~((top == -math.inf) & mine.any(0))
     return {n: out[n].masked_fill(no_top if n == "top" else bad, math.nan) for n in names}
 
 
-def _best_mean(parts: dict[str, Tensor], top: Tensor, log_s: Tensor) -> Tensor:
-    """Mean log-probability of the best columns of all parts."""
-    best = [value for name, value in parts.items() if name.startswith("best")]
+def _best_mean(best: list[Tensor], log_s: Tensor) -> Tensor:
+    """Mean log-probability of the best columns of all parts; best [K, T] each, relative to the largest z."""
     chosen = torch.cat(best).topk(len(best), 0).values.unbind(0)
-    # A best z that was rounded on its own must not pass the largest.
-    logp = [torch.where(z > -math.inf, (z - top).clamp(max=0.0) - log_s, 0.0) for z in chosen]
+    logp = [torch.where(z > -math.inf, z - log_s, 0.0) for z in chosen]
     return _total(logp) / _total([(z > -math.inf).double() for z in chosen])

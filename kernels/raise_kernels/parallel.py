@@ -111,7 +111,7 @@ def shard_values(
 def _looked_at(
     shard: Shard, at: Place, rows: Tensor | None, limit: Tensor | None, topk: int
 ) -> dict[str, Tensor]:
-    """ "rank" [T] where there is a limit, and "best0", ... [T]: what takes a second look at the columns."""
+    """ "rank" [T] where there is a limit, and `best0`, ... [T]: what takes a second look at the columns."""
     count = len(at.y)
     rank = torch.zeros(count, dtype=torch.int64, device=at.y.device)
     best = torch.full((count, topk), -math.inf, dtype=shard.dtype, device=at.y.device)
@@ -127,7 +127,10 @@ def _looked_at(
             rank[some] += above.sum(-1) - itself.long()
         if topk:
             best[some] = torch.cat([best[some], x], -1).topk(topk).values
-    out = {f"best{k}": column for k, column in enumerate(_to_z(best, at.how).to(shard.dtype).unbind(1))}
+    z = _to_z(best, at.how)
+    # Below the largest: rounded to fp32, z itself would lose what its size costs.
+    below = torch.where(best > -math.inf, z - z[:, :1], -math.inf)
+    out = {f"best{k}": column for k, column in enumerate(below.unbind(1))}
     return out if limit is None else out | {"rank": rank}
 
 
@@ -213,7 +216,7 @@ class LogitShard:
         self, at: Place, rows: Tensor | None, norm: Normaliser, weights: Coefficients, needs: Sequence[bool]
     ) -> Gradients:
         """Gradient of logits, in their dtype."""
-        if not at.columns:
+        if not at.columns or not len(at.y):
             return (torch.zeros_like(self.logits, memory_format=torch.contiguous_format),)
         return (self.engine.backward(self.logits, at.y, rows, norm, weights, at.how),)
 

@@ -21,9 +21,7 @@ def _taken(x: Tensor, rows: Tensor | None, live: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     n = torch.arange(len(flat), device=x.device) if rows is None else rows
     live = live & (n >= 0) & (n < len(flat))
-    if not len(flat):
-        return flat.new_zeros(len(n), flat.shape[1])
-    return torch.where(live[:, None], flat[torch.where(live, n, 0)], 0.0)
+    return torch.cat([flat, flat.new_zeros(1, flat.shape[1])])[torch.where(live, n, len(flat))]
 
 
 @torch.no_grad()
