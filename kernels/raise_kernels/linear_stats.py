@@ -3,9 +3,9 @@
     z = map(hidden @ weight.T + bias),    map and statistics as in `token_stats`
 
 Two launches: one program per (block of rows, vocabulary split) makes its logits tile by tile on the tensor
-cores and reduces each tile at once to the numbers of `_tiles`; `token_stats.merge` joins the splits. Varentropy
-and rank need a launch before, for the logits of the targets. The number of splits depends on the vocabulary
-only, and a row is summed alike wherever it stands in a block: it gives the same bits alone and in any batch.
+cores and reduces each tile at once to the numbers of `_tiles`; `token_stats.merge` joins the splits. Rank
+needs a launch before them, for the logits of the targets. The number of splits depends on the vocabulary
+only, and a row is summed alike wherever it stands in a block: it has the same bits alone and in any batch.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
@@ -37,36 +37,29 @@ TARGET_COLUMNS = 256
 
 @triton.jit
 def scored_rows(p_y, p_rows, o_t, T, N, V, first, has_rows, ignore):
-    """(row of hidden, target, whether there is something to score) of tokens o_t; rows from `first` if none."""
+    """(row of hidden, target, whether there is anything to score) of tokens o_t; without rows, from first."""
     m_t = o_t < T
     y = tl.load(p_y + o_t, mask=m_t, other=-1).to(tl.int64)
     i_n = tl.load(p_rows + o_t, mask=m_t & (has_rows != 0), other=0).to(tl.int64)
     i_n = tl.where(has_rows != 0, i_n, o_t + first)
     known = m_t & (y != ignore) & (y >= 0) & (y < V) & (i_n >= 0) & (i_n < N)
-    return tl.where(known, i_n, 0), tl.where(known, y, -1), known
+    # Rows without a result read row 0, whose numbers they do not store.
+    return tl.where(known, i_n, 0), tl.where(known, y, -1).to(tl.int32), known
 
 
 @triton.jit(
     do_not_specialize=[
-        "T",
-        "N",
-        "first",
-        "has_rows",
-        "size1",
-        "size2",
-        "stride0",
-        "stride1",
-        "stride2",
-        "ignore",
+        "T", "N", "size1", "size2", "stride0", "stride1", "stride2",
+        "first", "has_rows", "has_bias", "ignore",
     ]
-)
+)  # fmt: skip
 def _target_kernel(
     p_h,  # [N, D] through the strides of its leading axes
     p_w,  # [V, D]
     p_bias,  # [V], or unused
     p_y,  # [T]
     p_rows,  # [T], or unused
-    p_zy,  # [T]
+    p_x,  # [T]
     T,
     N,
     V,
@@ -83,9 +76,6 @@ def _target_kernel(
     has_rows,
     has_bias,
     ignore,
-    a,
-    b,
-    CAPPED: tl.constexpr,
     ALIGN: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -93,16 +83,71 @@ def _target_kernel(
 ):
     o_t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i_n, y, known = scored_rows(p_y, p_rows, o_t, T, N, V, first, has_rows, ignore)
-    p_h = row_start(p_h, i_n, size1, size2, stride0, stride1, stride2, ALIGN)
-    p_w = p_w + y * w_stride_v
+    p_row = row_start(p_h, i_n, size1, size2, stride0, stride1, stride2, ALIGN)
+    p_v = p_w + y.to(tl.int64) * w_stride_v
     x = tl.load(p_bias + y, mask=known & (has_bias != 0), other=0.0)
     for d in range(0, D, COLUMNS):
         o_d = d + tl.arange(0, COLUMNS)
         m = known[:, None] & (o_d < D)[None, :]
-        h = tl.load(p_h[:, None] + column(o_d, h_stride_d, UNIT)[None, :], mask=m, other=0.0)
-        w = tl.load(p_w[:, None] + column(o_d, w_stride_d, UNIT)[None, :], mask=m, other=0.0)
+        h = tl.load(p_row[:, None] + column(o_d, h_stride_d, UNIT)[None, :], mask=m, other=0.0)
+        w = tl.load(p_v[:, None] + column(o_d, w_stride_d, UNIT)[None, :], mask=m, other=0.0)
         x += tl.sum(h.to(tl.float32) * w.to(tl.float32), 1)
-    tl.store(p_zy + o_t, to_z(x, a, b, CAPPED), mask=known)
+    tl.store(p_x + o_t, x, mask=known)
+
+
+@triton.jit
+def _reduce_columns(
+    x,
+    v,
+    p_bias,
+    y,
+    guess,
+    sums,
+    z_y,
+    V,
+    has_bias,
+    a,
+    b,
+    CAPPED: tl.constexpr,
+    LEVEL: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Add products x [BT, BV] of the columns from v on to the running numbers, PIECE columns at a time.
+
+    Smaller pieces keep fewer exponentials in registers beside x.
+    """
+    if BV > PIECE:
+        left, right = tl.split(tl.permute(tl.reshape(x, (BT, 2, BV // 2)), (0, 2, 1)))
+        sums, z_y = _reduce_columns(
+            left, v, p_bias, y, guess, sums, z_y, V, has_bias, a, b, CAPPED, LEVEL, BT, BV // 2, PIECE
+        )
+        return _reduce_columns(
+            right,
+            v + BV // 2,
+            p_bias,
+            y,
+            guess,
+            sums,
+            z_y,
+            V,
+            has_bias,
+            a,
+            b,
+            CAPPED,
+            LEVEL,
+            BT,
+            BV // 2,
+            PIECE,
+        )
+    else:
+        o_v = v + tl.arange(0, BV)
+        x += tl.load(p_bias + o_v, mask=(o_v < V) & (has_bias != 0), other=0.0)[None, :]
+        z = tl.where((o_v < V)[None, :], to_z(x, a, b, CAPPED), -float("inf"))
+        z_y += tl.sum(tl.where(o_v[None, :] == y[:, None], z, 0.0), 1)
+        m, s0, s1, sd, n, m2, rank = sums
+        return _reduce_tile(z, guess[:, None], m, s0, s1, sd, n, m2, rank, LEVEL, 1), z_y
 
 
 @triton.jit(
@@ -117,7 +162,7 @@ def _linear_kernel(
     p_bias,  # [V], or unused
     p_y,  # [T]
     p_rows,  # [T], or unused
-    p_guess,  # [T] z of the target, at level 2
+    p_guess,  # [T] logit of the target, at level 2
     p_part,  # [fields, splits, T]
     p_zy,  # [T]
     T,
@@ -150,30 +195,30 @@ def _linear_kernel(
     BT: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     i_b, i_s = program_of(tl.program_id(0), tl.cdiv(T, BT), splits, GROUP)
     o_t = i_b * BT + tl.arange(0, BT)
     i_n, y, known = scored_rows(p_y, p_rows, o_t, T, N, V, first, has_rows, ignore)
     if tl.max(known.to(tl.int32), 0) > 0:
-        p_h = row_start(p_h, i_n, size1, size2, stride0, stride1, stride2, ALIGN)
-        y = y.to(tl.int32)
+        p_row = row_start(p_h, i_n, size1, size2, stride0, stride1, stride2, ALIGN)
         guess = tl.zeros([BT], tl.float32)
         if LEVEL >= 2:
-            guess = tl.load(p_guess + o_t, mask=known, other=0.0)
+            guess = to_z(tl.load(p_guess + o_t, mask=known, other=0.0), a, b, CAPPED)
         m = tl.full([BT], -float("inf"), tl.float32)
-        s0 = tl.zeros([BT], tl.float32)
-        s1, sd, n, m2, rank, z_y = s0, s0, s0, s0, s0, s0
+        z_y = tl.zeros([BT], tl.float32)
+        sums = (m, z_y, z_y, z_y, z_y, z_y, z_y)
         lo = i_s * width
         hi = tl.minimum(lo + width, V)
         for v in range(lo, hi, BV):
             o_v = v + tl.arange(0, BV)
             x = logits_tile(
-                p_h, known, p_w, o_v, V, D, h_stride_d, w_stride_v, w_stride_d, UNIT, EVEN, WIDE, BT, BV, BD
+                p_row, p_w, o_v, V, D, h_stride_d, w_stride_v, w_stride_d, UNIT, EVEN, WIDE, BT, BV, BD
             )
-            x += tl.load(p_bias + o_v, mask=(o_v < V) & (has_bias != 0), other=0.0)[None, :]
-            z = tl.where((o_v < V)[None, :], to_z(x, a, b, CAPPED), -float("inf"))
-            z_y += tl.sum(tl.where(o_v[None, :] == y[:, None], z, 0.0), 1)
-            m, s0, s1, sd, n, m2, rank = _reduce_tile(z, guess[:, None], m, s0, s1, sd, n, m2, rank, LEVEL, 1)
+            sums, z_y = _reduce_columns(
+                x, v, p_bias, y, guess, sums, z_y, V, has_bias, a, b, CAPPED, LEVEL, BT, BV, PIECE
+            )
+        m, s0, s1, sd, n, m2, rank = sums
         plane = splits.to(tl.int64) * T
         p = p_part + i_s.to(tl.int64) * T + o_t
         tl.store(p, m, mask=known)
@@ -192,7 +237,7 @@ def _linear_kernel(
 
 def split_width(vocab: int) -> int:
     """Columns of one split: from the vocabulary alone, so that no batch changes the bits of a row."""
-    return triton.cdiv(triton.cdiv(vocab, SPLITS), MULTIPLE) * MULTIPLE
+    return -(-vocab // (SPLITS * MULTIPLE)) * MULTIPLE
 
 
 class _Launch(NamedTuple):
@@ -210,7 +255,7 @@ class _Launch(NamedTuple):
 
 def _prepare(hidden: Tensor, weight: Tensor, bias: Tensor | None, how: LogitMap, level: int) -> _Launch:
     columns = how.columns(len(weight))
-    tile = tile_for(hidden, weight, f"level {level}")
+    tile = tile_for(hidden, weight, f"level {level}", how.softcap is not None)
     layout = fold_leading_axes(hidden)
     return _Launch(hidden, weight, None if bias is None else bias.float(), how, layout, columns, level, tile)
 
@@ -232,13 +277,12 @@ def _reduce(call: _Launch, y: Tensor, rows: Tensor | None, first: int) -> Partia
         hidden.stride(-1), weight.stride(0), weight.stride(1), first,
     )  # fmt: skip
     flags = {
-        "CAPPED": how.softcap is not None,
         "ALIGN": alignment(hidden, layout),
         "UNIT": hidden.stride(-1) == 1 and weight.stride(1) == 1,
     }
     # Where something is absent any pointer does: its loads are masked.
     tensors = (hidden, weight, z_y if bias is None else bias, y, y if rows is None else rows)
-    absent = (int(rows is not None), int(bias is not None), how.ignore_index, *how.factors)
+    absent = (int(rows is not None), int(bias is not None), how.ignore_index)
     guess = z_y
     if level >= 2:
         guess = torch.empty_like(z_y)
@@ -246,14 +290,11 @@ def _reduce(call: _Launch, y: Tensor, rows: Tensor | None, first: int) -> Partia
             *tensors, guess, *sizes, *absent, **flags, ROWS=TARGET_ROWS, COLUMNS=TARGET_COLUMNS, num_warps=4
         )
     _linear_kernel[(triton.cdiv(count, tile.rows) * splits,)](
-        *tensors, guess, part, z_y, *sizes, width, splits, *absent, **flags,
+        *tensors, guess, part, z_y, *sizes, width, splits, *absent, *how.factors, **flags,
+        CAPPED=how.softcap is not None,
         LEVEL=level,
-        EVEN=depth % tile.depth == 0,
         WIDE=is_wide(hidden, weight),
-        GROUP=GROUP,
-        BT=tile.rows,
-        BV=tile.columns,
-        BD=tile.depth,
+        **tile.constants(depth),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip

@@ -3,9 +3,9 @@
     dz = (p * (A + B * log p) + C + [v = y] * H) * dz/dx,    log p = z - lse,    A, B, C, H as in `_backward`
     d hidden = dz @ weight,    d weight = dz.T @ hidden,    d bias = sum of dz over the rows
 
-One launch makes the logits of all scored rows and some columns again and writes dz, rounded once to the dtype
-of the operands, into a buffer that every such chunk reuses. Chunks run along the vocabulary: a row of d weight
-is then one product, and only d hidden adds up over chunks, in fp32.
+One launch makes the logits of all scored rows and some columns again and writes dz, rounded once to the
+dtype of the operands, into a buffer that every such chunk reuses. Chunks run along the vocabulary: a row of
+d weight is then one product, and only d hidden adds up over chunks, in fp32.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
@@ -24,9 +24,68 @@ from raise_kernels._backward import Coefficients, LinearGradient, Normaliser
 from raise_kernels._checks import LogitMap
 from raise_kernels._layout import fold_leading_axes
 from raise_kernels._tiles import exp, to_z
-from raise_kernels.linear_tiles import GROUP, Tile, is_wide, logits_tile, program_of, tile_for
+from raise_kernels.linear_tiles import Tile, is_wide, logits_tile, program_of, tile_for
 
 BLOCK = 256  # columns of hidden of one program of `_collect_kernel`
+
+
+@triton.jit
+def _store_columns(
+    x,
+    c,
+    from_v,
+    at,
+    tokens,
+    p_bias,
+    p_dz,
+    p_db,
+    V,
+    width,
+    has_bias,
+    want_bias,
+    a,
+    b,
+    CAPPED: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Store dz of products x [BT, BV], whose first column is the c-th of the buffer, PIECE columns at a time.
+
+    at [BT]: row of the buffer, -1 for none. Smaller pieces hold fewer masks, of which gfx9 has few registers.
+    """
+    if BV > PIECE:
+        left, right = tl.split(tl.permute(tl.reshape(x, (BT, 2, BV // 2)), (0, 2, 1)))
+        _store_columns(
+            left, c, from_v, at, tokens, p_bias, p_dz, p_db, V, width, has_bias, want_bias, a, b,
+            CAPPED, BT, BV // 2, PIECE,
+        )  # fmt: skip
+        _store_columns(
+            right, c + BV // 2, from_v, at, tokens, p_bias, p_dz, p_db, V, width, has_bias, want_bias, a, b,
+            CAPPED, BT, BV // 2, PIECE,
+        )  # fmt: skip
+    else:
+        y, live, top, max_logp, on_p, on_p_logp, everywhere, on_target = tokens
+        o_c = c + tl.arange(0, BV)
+        o_v = from_v + o_c
+        x += tl.load(p_bias + o_v, mask=(o_v < V) & (has_bias != 0), other=0.0)[None, :]
+        z = to_z(x, a, b, CAPPED)
+        seen = live[:, None] & (o_v < V)[None, :] & (z > -float("inf"))
+        # lse in two parts: rounded to one number it would cost p its precision.
+        log_p = tl.where(seen, (z - top[:, None]) + max_logp[:, None], 0.0)
+        dz = exp(log_p) * (on_p[:, None] + on_p_logp[:, None] * log_p) + everywhere[:, None]
+        dz += tl.where(o_v[None, :] == y[:, None], on_target[:, None], 0.0)
+        if CAPPED:
+            bent = z / b
+            dz = dz * (a * b) * (1.0 - bent * bent)
+        else:
+            dz = dz * a
+        dz = tl.where(seen, dz, 0.0)
+        inside = o_c < width
+        p = p_dz + at.to(tl.int64)[:, None] * width + o_c[None, :]
+        tl.store(p, dz.to(p_dz.dtype.element_ty), mask=(at >= 0)[:, None] & inside[None, :])
+        if want_bias != 0:
+            tl.store(p_db + o_c, tl.sum(dz, 0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "V", "blocks", "from_v", "want_bias", "has_bias"])
@@ -60,11 +119,10 @@ def _dlogits_kernel(
     BT: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     i_b, i_c = program_of(tl.program_id(0), tl.cdiv(T, BT), blocks, GROUP)
     o_t = i_b * BT + tl.arange(0, BT)
-    o_c = i_c * BV + tl.arange(0, BV)
-    o_v = from_v + o_c
     m_t = o_t < T
     plane = tl.zeros([], tl.int64) + T
     on_p = tl.load(p_weights + o_t, mask=m_t, other=0.0)
@@ -73,31 +131,20 @@ def _dlogits_kernel(
     on_target = tl.load(p_weights + 3 * plane + o_t, mask=m_t, other=0.0)
     # A row without a result has weights 0, and no log-normaliser to compute with.
     live = (on_p != 0.0) | (on_p_logp != 0.0) | (everywhere != 0.0) | (on_target != 0.0)
-    dz = tl.zeros([BT, BV], tl.float32)
+    x = tl.zeros([BT, BV], tl.float32)
     if tl.max(live.to(tl.int32), 0) > 0:
-        p_h = p_h + o_t.to(tl.int64) * D
-        x = logits_tile(p_h, live, p_w, o_v, V, D, 1, w_stride_v, w_stride_d, UNIT, EVEN, WIDE, BT, BV, BD)
-        x += tl.load(p_bias + o_v, mask=(o_v < V) & (has_bias != 0), other=0.0)[None, :]
-        z = to_z(x, a, b, CAPPED)
-        seen = live[:, None] & (o_v < V)[None, :] & (z > -float("inf"))
-        top = tl.load(p_top + o_t, mask=live, other=0.0)
-        max_logp = tl.load(p_max_logp + o_t, mask=live, other=0.0)
-        # lse in two parts: rounded to one number it would cost p its precision.
-        log_p = tl.where(seen, (z - top[:, None]) + max_logp[:, None], 0.0)
-        dz = exp(log_p) * (on_p[:, None] + on_p_logp[:, None] * log_p) + everywhere[:, None]
-        y = tl.load(p_y + o_t, mask=m_t, other=-1).to(tl.int32)
-        dz += tl.where(o_v[None, :] == y[:, None], on_target[:, None], 0.0)
-        if CAPPED:
-            bent = z / b
-            dz = dz * (a * b) * (1.0 - bent * bent)
-        else:
-            dz = dz * a
-        dz = tl.where(seen, dz, 0.0)
-    m = m_t[:, None] & (o_c < width)[None, :]
-    p = p_dz + o_t.to(tl.int64)[:, None] * width + o_c[None, :]
-    tl.store(p, dz.to(p_dz.dtype.element_ty), mask=m)
-    if want_bias != 0:
-        tl.store(p_db + i_b.to(tl.int64) * width + o_c, tl.sum(dz, 0), mask=o_c < width)
+        p_row = p_h + tl.where(m_t, o_t, 0).to(tl.int64) * D
+        o_v = from_v + i_c * BV + tl.arange(0, BV)
+        x = logits_tile(p_row, p_w, o_v, V, D, 1, w_stride_v, w_stride_d, UNIT, EVEN, WIDE, BT, BV, BD)
+    y = tl.load(p_y + o_t, mask=m_t, other=-1).to(tl.int32)
+    top = tl.load(p_top + o_t, mask=live, other=0.0)
+    max_logp = tl.load(p_max_logp + o_t, mask=live, other=0.0)
+    tokens = (y, live, top, max_logp, on_p, on_p_logp, everywhere, on_target)
+    p_db += i_b.to(tl.int64) * width
+    _store_columns(
+        x, i_c * BV, from_v, tl.where(m_t, o_t, -1), tokens, p_bias, p_dz, p_db, V, width, has_bias,
+        want_bias, a, b, CAPPED, BT, BV, PIECE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["D", "blocks"])
@@ -148,7 +195,7 @@ def _scored(hidden: Tensor, rows: Tensor, live: Tensor) -> Tensor:
 
 
 def _collect(per_token: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
-    """Gradient of hidden [..., D] from that of each token [T, D] fp32; tokens of one row add up in their order."""
+    """Gradient of hidden [..., D] from each token's [T, D], fp32; tokens of a row add up in their order."""
     grad = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     depth = hidden.shape[-1]
     count = grad.numel() // depth
@@ -176,7 +223,7 @@ class _Logits(NamedTuple):
     tile: Tile
 
     def gradient(self, dz: Tensor, start: int, stop: int, bias: Tensor | None) -> None:
-        """Fill dz [T, width] with the columns from start to stop, zeros after them; bias [stop - start] too."""
+        """Fill dz [T, width] with the columns from start to stop, then zeros; bias [stop - start] too."""
         hidden, weight, _, y, norm, _, how, tile = self
         count, depth = hidden.shape
         rows, columns = triton.cdiv(count, tile.rows), triton.cdiv(stop - start, tile.columns)
@@ -207,12 +254,8 @@ class _Logits(NamedTuple):
             *how.factors,
             CAPPED=how.softcap is not None,
             UNIT=weight.stride(1) == 1,
-            EVEN=depth % tile.depth == 0,
             WIDE=is_wide(hidden, weight),
-            GROUP=GROUP,
-            BT=tile.rows,
-            BV=tile.columns,
-            BD=tile.depth,
+            **tile.constants(depth),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -245,7 +288,7 @@ def linear_stats_backward(
     stacked = torch.stack(weights).float()
     live = (stacked != 0.0).any(0)
     taken = _scored(hidden, torch.arange(count, device=y.device) if rows is None else rows, live)
-    tile = tile_for(hidden, weight, "gradient")
+    tile = tile_for(hidden, weight, "gradient", how.softcap is not None)
     call = _Logits(
         taken, weight, None if bias is None else bias.float(), y.contiguous(), norm, stacked, how, tile
     )

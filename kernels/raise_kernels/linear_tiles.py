@@ -25,19 +25,59 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
+    piece: int  # columns of a finished tile that are reduced at a time
+
+    def constants(self, depth: int) -> dict[str, int]:
+        """Arguments of a kernel whose products have `depth` terms."""
+        return {
+            "EVEN": depth % self.depth == 0,
+            "GROUP": GROUP,
+            "BT": self.rows,
+            "BV": self.columns,
+            "BD": self.depth,
+            "PIECE": self.piece,
+        }
 
 
-TABLE = {
-    (name, narrow, use): Tile(128, 128, 64, 8, 3) if narrow else Tile(64, 64, 32, 4, 2)
-    for name in ("sm_80", "sm_90", "sm_100", "gfx942")
-    for narrow in (False, True)
-    for use in ("level 0", "level 1", "level 2", "gradient")
+# By target and use; a softcap has tiles of its own where the others would spill.
+HALVES = {
+    "sm_80": {
+        "level 0": Tile(128, 128, 32, 8, 4, 128),
+        "level 1": Tile(128, 128, 32, 8, 4, 128),
+        "level 2": Tile(64, 128, 32, 8, 4, 64),
+        "gradient": Tile(128, 128, 32, 8, 4, 32),
+    },
+    "sm_90": {
+        "level 0": Tile(128, 256, 64, 8, 3, 64),
+        "level 1": Tile(128, 256, 64, 8, 3, 32),
+        "level 2": Tile(128, 256, 64, 8, 3, 32),
+        "level 0 capped": Tile(128, 128, 64, 8, 3, 32),
+        "level 1 capped": Tile(128, 128, 64, 8, 3, 32),
+        "level 2 capped": Tile(128, 128, 64, 8, 3, 32),
+        "gradient": Tile(128, 128, 64, 8, 3, 32),
+    },
+    "sm_100": {
+        "level 0": Tile(128, 256, 64, 8, 3, 32),
+        "level 1": Tile(128, 256, 64, 8, 3, 32),
+        "level 2": Tile(128, 256, 64, 8, 3, 32),
+        "gradient": Tile(128, 128, 64, 8, 3, 32),
+    },
+    "gfx942": {
+        "level 0": Tile(128, 128, 32, 4, 2, 32),
+        "level 1": Tile(128, 128, 32, 4, 2, 32),
+        "level 2": Tile(128, 128, 64, 8, 2, 32),
+        "gradient": Tile(128, 128, 64, 8, 2, 32),
+    },
+}
+SINGLES = {
+    name: {use: Tile(64, 64, 32, 4, 2, 64) for use in ("level 0", "level 1", "level 2", "gradient")}
+    for name in HALVES
 }
 
 
 @triton.jit
 def program_of(pid, blocks, splits, GROUP: tl.constexpr):
-    """(block of rows, split) of a program: the blocks of one group next to each other, then the next split."""
+    """(block of rows, split) of a program: all blocks of a group, then those of the next split."""
     i_g = pid // (GROUP * splits)
     height = tl.minimum(blocks - i_g * GROUP, GROUP)
     inside = pid % (GROUP * splits)
@@ -47,7 +87,6 @@ def program_of(pid, blocks, splits, GROUP: tl.constexpr):
 @triton.jit
 def logits_tile(
     p_h,
-    m_h,
     p_w,
     o_v,
     V,
@@ -64,7 +103,7 @@ def logits_tile(
 ):
     """hidden @ weight.T [BT, BV] of the rows that start at p_h [BT] and of columns o_v [BV], summed in fp32.
 
-    Rows outside m_h and columns at or above V are not read and give 0.
+    Columns at or above V are not read and give 0. Every row is read: a mask on them costs 50 registers.
     """
     p_v = p_w + o_v.to(tl.int64) * w_stride_v
     m_v = o_v < V
@@ -75,10 +114,10 @@ def logits_tile(
         at_h = p_h[:, None] + column(o_d, h_stride_d, UNIT)[None, :]
         at_w = p_v[None, :] + column(o_d, w_stride_d, UNIT)[:, None]
         if EVEN:
-            h = tl.load(at_h, mask=m_h[:, None], other=0.0)
+            h = tl.load(at_h)
             w = tl.load(at_w, mask=m_v[None, :], other=0.0)
         else:
-            h = tl.load(at_h, mask=m_h[:, None] & m_d[None, :], other=0.0)
+            h = tl.load(at_h, mask=m_d[None, :], other=0.0)
             w = tl.load(at_w, mask=m_v[None, :] & m_d[:, None], other=0.0)
         if WIDE:
             h = h.to(tl.float32)
@@ -88,7 +127,7 @@ def logits_tile(
 
 
 def is_wide(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether both sides are widened to fp32 first: mixed dtypes, and the interpreter, whose products know no bf16."""
+    """Whether both sides become fp32 first: mixed dtypes, and the interpreter, which cannot multiply bf16."""
     return hidden.dtype != weight.dtype or bool(triton.knobs.runtime.interpret)
 
 
@@ -102,7 +141,13 @@ def family(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def tile_for(hidden: Tensor, weight: Tensor, use: str) -> Tile:
+def choose(name: str, narrow: bool, use: str, capped: bool) -> Tile:
+    """The entry of the tile table; narrow: both operands have the same 16-bit dtype."""
+    tiles = (HALVES if narrow else SINGLES)[name]
+    return tiles.get(f"{use} capped", tiles[use]) if capped else tiles[use]
+
+
+def tile_for(hidden: Tensor, weight: Tensor, use: str, capped: bool) -> Tile:
     """The tile of a product; `use` is "level 0", "level 1", "level 2" or "gradient"."""
     narrow = hidden.dtype == weight.dtype and hidden.dtype != torch.float32
-    return TABLE[family(hidden.device), narrow, use]
+    return choose(family(hidden.device), narrow, use, capped)
