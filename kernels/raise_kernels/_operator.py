@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raise_kernels._backward import Engine, Normaliser, coefficients
+from raise_kernels._backward import Coefficients, Engine, Normaliser, coefficients
 from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap, check_stats, check_want
+from raise_kernels._inplace import OverLogits, check_inplace, write_gradient
 
 _OPTIONS = (
     "float temperature, float logit_scale, float? softcap, int? valid_vocab, int ignore_index, "
@@ -70,12 +71,16 @@ def _backward(
 ) -> Tensor:
     *scalars, names, _, engine = options
     how = logit_map(tuple(scalars))
+    norm, weights = _constants(grad, stats, names, y != how.ignore_index)
+    return logits_engine(engine).backward(logits, y, rows, norm, weights, how)
+
+
+def _constants(grad: Tensor, stats: Tensor, names: str, scored: Tensor) -> tuple[Normaliser, Coefficients]:
+    """What the gradient of a row is made of, from the gradients and values [K, T] of its statistics."""
     value = dict(zip(names.split(","), stats, strict=True))
     given = {name: g for name, g in zip(value, grad, strict=True) if name in DIFFERENTIABLE}
     norm = Normaliser(value["top"], value["max_logp"])
-    scored = y != how.ignore_index
-    weights = coefficients(given, norm, value.get("entropy"), value.get("count"), scored)
-    return logits_engine(engine).backward(logits, y, rows, norm, weights, how)
+    return norm, coefficients(given, norm, value.get("entropy"), value.get("count"), scored)
 
 
 @_forward.register_fake
@@ -111,8 +116,12 @@ def token_stats(
     how: LogitMap = PLAIN,
     want: Sequence[str] = ("logp",),
     topk: int = 20,
+    inplace_gradient: bool = False,
 ) -> dict[str, Tensor]:
-    """As `reference.token_stats`, by the engine "native" or "triton"; differentiable once in logits."""
+    """As `reference.token_stats`, by the engine "native" or "triton"; differentiable once in logits.
+
+    inplace_gradient: write the gradient over the logits; see `_inplace`.
+    """
     names = check_want(want)
     check_stats(logits, targets, rows)
     if engine == "triton" and logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -129,10 +138,21 @@ def token_stats(
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     if differentiable:
         asked = with_what_the_gradient_needs(names)
-    stats = torch.ops.raise_kernels.token_stats(
-        logits, y, n, how.temperature, how.logit_scale, how.softcap, how.valid_vocab, how.ignore_index,
+    options = (
+        how.temperature, how.logit_scale, how.softcap, how.valid_vocab, how.ignore_index,
         ",".join(asked), topk, engine,
     )  # fmt: skip
+    run = torch.ops.raise_kernels.token_stats
+    if differentiable and inplace_gradient:
+        check_inplace(logits)
+
+        def write(into: Tensor, grad: Tensor, stats: Tensor) -> None:
+            norm, weights = _constants(grad, stats, ",".join(asked), y != how.ignore_index)
+            write_gradient(engine, logits_engine(engine), into, y, n, norm, weights, how)
+
+        stats = OverLogits.apply(lambda x: run(x, y, n, *options), write, logits)
+    else:
+        stats = run(logits, y, n, *options)
     out = {}
     for name, value in zip(names, stats, strict=False):
         # The gradient needs the values as they are now, whatever the caller does with his.

@@ -326,10 +326,13 @@ def token_stats(
     how: LogitMap = PLAIN,
     want: Sequence[str] = ("logp",),
     topk: int = 20,
+    inplace_gradient: bool = False,
 ) -> dict[str, Tensor]:
     """As `reference.token_stats`; outputs fp32 with the shape of targets, differentiable once in logits.
 
     logits [..., V] fp32, bf16 or fp16 with any strides, never copied; targets and rows int64 or int32. The
     gradient has the dtype of logits. topk is at most 215 at 151936 columns (`token_topk`).
     """
-    return _operator.token_stats("triton", logits, targets, rows=rows, how=how, want=want, topk=topk)
+    return _operator.token_stats(
+        "triton", logits, targets, rows=rows, how=how, want=want, topk=topk, inplace_gradient=inplace_gradient
+    )

@@ -94,11 +94,20 @@ def _grad_kernel(
 
 
 def stats_backward(
-    logits: Tensor, y: Tensor, rows: Tensor | None, norm: Normaliser, weights: Coefficients, how: LogitMap
+    logits: Tensor,
+    y: Tensor,
+    rows: Tensor | None,
+    norm: Normaliser,
+    weights: Coefficients,
+    how: LogitMap,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of logits [..., V], contiguous and in their dtype, for the `weights` of `_backward`."""
+    """Gradient of logits [..., V], contiguous and in their dtype, for the `weights` of `_backward`.
+
+    into: where to write it; contiguous logits themselves will do, a program reads before it writes.
+    """
     layout = fold_leading_axes(logits)
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if into is None else into
     if not grad.numel() or not len(y):
         return grad.zero_()
     columns = logits.shape[-1]

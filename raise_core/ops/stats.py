@@ -44,6 +44,7 @@ def token_stats(
     ignore_index: int = -100,
     want: Sequence[str] = ("logp",),
     topk: int = 20,
+    inplace_gradient: bool = False,
     impl: str = "auto",
 ) -> TokenStats:
     """Statistics of softmax(z) for each scored row, from one read of the logits.
@@ -55,7 +56,10 @@ def token_stats(
     of the flattened leading axes are scored and targets is [T]. valid_vocab: columns from there on are
     padding. want: names of `TokenStats`. topk: k of topk_logp_mean (DeepConf); Triton takes at most 8192 over
     the row's blocks of 4096 columns, 215 at V = 151936.
-    Differentiable in logits through logp, lse, entropy and self_certainty. Raises ValueError or TypeError for
+    Differentiable in logits through logp, lse, entropy and self_certainty. inplace_gradient: the backward
+    pass writes the gradient over the logits, which must be contiguous and no leaf, and so needs no second
+    tensor of their size ("reference" ignores it). It raises RuntimeError when the logits were written to
+    meanwhile, as a second backward pass does; it cannot be compiled. Raises ValueError or TypeError for
     arguments that do not fit; what only the data shows gives NaN for its row.
     """
     how = LogitMap(
@@ -65,8 +69,8 @@ def token_stats(
         valid_vocab=valid_vocab,
         ignore_index=ignore_index,
     )
-    stats = run_stats(logits, targets, rows, how, want, topk, chosen_impl(logits, impl))
-    return TokenStats(**stats)
+    chosen = chosen_impl(logits, impl)
+    return TokenStats(**run_stats(logits, targets, rows, how, want, topk, chosen, inplace_gradient))
 
 
 def run_stats(
@@ -77,11 +81,14 @@ def run_stats(
     want: Sequence[str],
     topk: int,
     impl: str,
+    inplace_gradient: bool = False,
 ) -> dict[str, Tensor]:
     """One [T] tensor for each name in want, by a chosen implementation."""
     if impl == "reference":
         return reference.token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
-    return _operator.token_stats(impl, logits, targets, rows=rows, how=how, want=want, topk=topk)
+    return _operator.token_stats(
+        impl, logits, targets, rows=rows, how=how, want=want, topk=topk, inplace_gradient=inplace_gradient
+    )
 
 
 def linear_token_stats(
