@@ -119,7 +119,7 @@ def rank_slack(z: Tensor, y: Tensor, size: float, terms: int) -> Tensor:
     largest = z.abs().masked_fill(~z.isfinite(), 0.0).amax(1, keepdim=True)
     reach = 2 * half_ulp(torch.float32) * ((terms + 1) * size + 8 * largest)
     near = ((z - z_y).abs() <= reach).sum(1) - 1
-    return torch.where(known, near, 0)
+    return torch.where(known, near.clamp(min=0), 0)
 
 
 def assert_rank(actual: Tensor, oracle: Tensor, slack: Tensor, *, name: str) -> None:

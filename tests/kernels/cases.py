@@ -35,10 +35,11 @@ def permuted_peers(
 
     The error of a single run can be small by luck. The ways differ in the order of the columns and in how
     the temperature is applied. And every statistic goes through a sum of exponentials that is at least 1 and
-    rounded at least once, so no result is expected to be better than that.
+    through a z, each rounded at least once, so no result is expected to be better than that.
     """
     columns = how.columns(logits.shape[-1])
-    worst = {name: (value + half_ulp(torch.float32)).float() for name, value in oracle.items()}
+    floor = half_ulp(torch.float32) * (1 + size_of_z(logits, how))
+    worst = {name: (value + floor).float() for name, value in oracle.items()}
     for k in range(3):
         order = torch.arange(columns) if k == 0 else torch.randperm(columns)
         place = torch.empty_like(order)
@@ -48,6 +49,14 @@ def permuted_peers(
         peer = reference.token_stats(logits[..., :columns][..., order], moved, how=folded(how, k), **kwargs)
         worst = {name: less_exact(worst[name], value, oracle[name]) for name, value in peer.items()}
     return worst
+
+
+def size_of_z(logits: Tensor, how: LogitMap) -> float:
+    """Largest finite |z|, and 0 where z is the logit itself, which nothing rounds."""
+    if how.factors == (1.0, 1.0) and how.softcap is None:
+        return 0.0
+    z = reference.transform(logits.detach().double(), how)
+    return float(z.abs().masked_fill(~z.isfinite(), 0.0).max()) if z.numel() else 0.0
 
 
 def folded(how: LogitMap, k: int) -> LogitMap:
@@ -97,9 +106,10 @@ def judge_gradient(
     assert actual.dtype == logits.dtype and actual.shape == logits.shape
     oracle = gradient(reference.token_stats, logits.double(), y, up, how=how, **kw)
     columns = how.columns(logits.shape[-1])
-    # p is rounded at 1 and multiplied by every upstream gradient and the slope of z
+    # p is rounded at 1, z at its size; every upstream gradient and the slope of z multiply that
     reach = sum(float(u.abs().max()) for u in up.values() if u.numel()) * how.factors[0] * how.factors[1]
-    worst = (oracle + half_ulp(torch.float32) * reach).to(logits.dtype)
+    floor = half_ulp(torch.float32) * (1 + size_of_z(logits, how)) * reach
+    worst = (oracle + floor).to(logits.dtype)
     for k in range(3):
         peer = torch.zeros_like(oracle)
         part = gradient(reference.token_stats, logits[..., :columns].float(), y, up, how=folded(how, k), **kw)
