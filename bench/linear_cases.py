@@ -269,13 +269,16 @@ def torch_forward(x: Hidden) -> Call:
 
 
 def _others(of: Callable[[LogpOf], Callable[[Hidden], Call]]) -> list[Impl]:
-    """What every case from hidden states is compared with, of(logp from hidden states) being its call."""
+    """What gives per-token values; of(logp from hidden states) is the call."""
     return [
         Impl("eager", "eager", of(eager_logp)),
         Impl("torch.compile", "peer", compiled(of), compiles=True, note="log-probabilities compiled"),
         Impl("TRL chunked log-prob", "peer", of(peers.trl_chunked), package="trl"),
-        Impl("cut-cross-entropy", "peer", of(cce), compiles=True, package="cut-cross-entropy"),
     ]
+
+
+def _cce(of: Callable[[LogpOf], Callable[[Hidden], Call]]) -> Impl:
+    return Impl("cut-cross-entropy", "peer", of(cce), compiles=True, package="cut-cross-entropy")
 
 
 def cases(n: int, d: int, v: int, device: str, dtypes: tuple[torch.dtype, ...]) -> list[Case]:
@@ -288,6 +291,7 @@ def cases(n: int, d: int, v: int, device: str, dtypes: tuple[torch.dtype, ...]) 
                 Impl("GEMM, reused memory", "unit", bare_reused),
                 Impl("raise-core", "ours", forward(our_logp)),
                 *_others(forward),
+                _cce(forward),
                 Impl("F.linear_cross_entropy", "peer", torch_forward, note=nll),
             ],
             "GEMM",
@@ -299,6 +303,7 @@ def cases(n: int, d: int, v: int, device: str, dtypes: tuple[torch.dtype, ...]) 
                 Impl("4 GEMMs", "unit", bare(4), note="logits twice, two gradients"),
                 Impl("raise-core", "ours", both(weighted(our_logp))),
                 *_others(lambda logp_of: both(weighted(logp_of))),
+                _cce(lambda logp_of: both(weighted(logp_of))),
                 Impl("F.linear_cross_entropy", "peer", both(whole(torch_sum, "nll"), exact=False), note=nll),
             ],
             "4 GEMMs",

@@ -12,7 +12,7 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -126,11 +126,12 @@ def _resident(key: str) -> int | None:
     return next((int(kilobytes) * 1024 for kilobytes in found), None)
 
 
-def rounds(
-    estimates: dict[str, float], budget: dict[str, float], least: int = 3, most: int = 15
-) -> list[list[str]]:
-    """Names to call, round by round: each as often as its seconds allow, spread evenly over the rounds."""
-    counts = {name: min(max(int(budget[name] / max(t, 1e-9)), least), most) for name, t in estimates.items()}
+def rounds(wanted: Mapping[str, tuple[float, float, int]], most: int = 15) -> list[list[str]]:
+    """Names to call, round by round, each spread evenly over the rounds.
+
+    wanted: name -> (seconds of one call, seconds to spend, the least number of calls); never over `most`.
+    """
+    counts = {n: min(max(int(spend / max(t, 1e-9)), least), most) for n, (t, spend, least) in wanted.items()}
     total = max(counts.values(), default=0)
     return [
         [name for name, n in counts.items() if (r + 1) * n // total > r * n // total] for r in range(total)

@@ -53,19 +53,6 @@ def run(
     chosen: Sequence[Case], machine: Cpu | Gpu, *, quick: bool, first: bool, console: Console
 ) -> list[dict[str, Any]]:
     """Records of the chosen cases and, when asked for, of the first call."""
-    made: list[dict[str, Any]] = []
-    with _progress(console, sum(case.expected_s for case in chosen)) as advance:
-        done = 0.0
-        for case in chosen:
-
-            def step(name: str, share: float, case: Case = case, done: float = done) -> None:
-                advance(f"{case.name} {case.dtype}: {name}", done + share * case.expected_s)
-
-            made += run_case(case, machine, quick=quick, step=step)
-            done += case.expected_s
-        if first:
-            advance(FIRST, done)
-            made += first_records(SHAPES["cpu"][-1])
     about = provenance() | {
         "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": machine.name(),
@@ -75,6 +62,21 @@ def run(
         "compiled": machine.kind == "cpu" and library() is not None,
         "quick": quick,
     }
+    made: list[dict[str, Any]] = []
+    with _progress(console, sum(case.expected_s for case in chosen)) as advance:
+        done = 0.0
+        for case in chosen:
+
+            def step(name: str, share: float, case: Case = case, done: float = done) -> None:
+                advance(f"{case.name} {case.dtype}: {name}", done + share * case.expected_s)
+
+            begun = time.monotonic()
+            made += run_case(case, machine, quick=quick, step=step)
+            done += case.expected_s
+            console.print(f"{case.name}, {case.dtype}: {time.monotonic() - begun:.0f} s")
+        if first:
+            advance(FIRST, done)
+            made += first_records(SHAPES["cpu"][-1])
     return [about | record for record in made]
 
 

@@ -165,7 +165,7 @@ def _bars(axis: Any, rows: Sequence[Record], value: str) -> None:
             [(r["high_s"] - r["median_s"]) / scale for r in kept],
         ]
         axis.errorbar(lengths, range(len(kept)), xerr=spread, fmt="none", ecolor="#333333", lw=0.8)
-    axis.bar_label(bars, fmt="%.0f", padding=6)
+    axis.bar_label(bars, fmt="%.3g", padding=6)
     axis.set_yticks(range(len(kept)), [r["implementation"] for r in kept])
     axis.invert_yaxis()
     axis.margins(x=0.12)
@@ -192,11 +192,14 @@ def main(arguments: Sequence[str]) -> int:
     document = options.docs / "bench.md"
     text = document.read_text(encoding="utf-8")
     for kind, run in last_runs(records).items():
-        body = "\n".join([heading(run[0]), verdicts_table(judge(run)), records_table(run)])
-        text = written(text, kind, body)
+        parts = [heading(run[0]), verdicts_table(judge(run)), records_table(run)]
         (options.docs / "figures").mkdir(exist_ok=True)
-        draw(run, options.docs / "figures" / f"ops-time-{kind}.svg", "median_s")
-        draw(run, options.docs / "figures" / f"ops-memory-{kind}.svg", "extra_bytes")
+        for value, name in (("median_s", "time"), ("extra_bytes", "memory")):
+            figure = f"figures/ops-{name}-{kind}.svg"
+            draw(run, options.docs / figure, value)
+            parts.append(f"\n![{name} of each implementation]({figure})")
+        body = "\n".join(parts)
+        text = written(text, kind, body)
         print(body)
     document.write_text(text, encoding="utf-8")
     return 0

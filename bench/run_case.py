@@ -14,7 +14,8 @@ from bench.cases import Call, Case, Errors, Impl, Inputs, Truth, errors, gate
 from bench.measure import Cpu, Gpu, rounds, timing
 from bench.peers import NotHere, installed
 
-JUDGED_S, OTHERS_S = 10.0, 6.0  # seconds of timed calls for what a limit names, and for each of the rest
+# Seconds of timed calls, and the least number of them, for ours and what it is measured in, and for the rest.
+JUDGED, OTHERS = (9.0, 3), (4.0, 1)
 Step = Callable[[str, float], None]
 
 
@@ -44,7 +45,7 @@ def run_case(case: Case, machine: Cpu | Gpu, *, quick: bool, step: Step) -> list
         else:
             _first(run, inputs, truth, machine)
     alive = {run.impl.name: run for run in runs if run.call is not None}
-    for k, names in enumerate(plan := _plan(alive, quick)):
+    for k, names in enumerate(plan := _plan(alive, case.unit, quick)):
         for name in names:
             step(name, 0.4 + 0.6 * k / len(plan))
             call = alive[name].call
@@ -59,11 +60,11 @@ def run_case(case: Case, machine: Cpu | Gpu, *, quick: bool, step: Step) -> list
     return records
 
 
-def _plan(alive: Mapping[str, Run], quick: bool) -> list[list[str]]:
+def _plan(alive: Mapping[str, Run], unit: str, quick: bool) -> list[list[str]]:
     if quick:
         return [list(alive)]
-    budget = {n: OTHERS_S if run.impl.role == "peer" else JUDGED_S for n, run in alive.items()}
-    return rounds({name: run.first_s for name, run in alive.items()}, budget)
+    judged = {name for name, run in alive.items() if name == unit or run.impl.role == "ours"}
+    return rounds({n: (run.first_s, *(JUDGED if n in judged else OTHERS)) for n, run in alive.items()})
 
 
 def _first(run: Run, inputs: Inputs, truth: Mapping[str, Truth], machine: Cpu | Gpu) -> None:

@@ -36,13 +36,13 @@ def test_median_and_quartiles() -> None:
 
 
 def test_rounds_are_spread_evenly() -> None:
-    plan = measure.rounds({"fast": 1.0, "slow": 4.0}, {"fast": 8.0, "slow": 8.0}, least=2, most=15)
+    plan = measure.rounds({"fast": (1.0, 8.0, 2), "slow": (4.0, 8.0, 1)})
     assert len(plan) == 8 and all("fast" in names for names in plan)
     assert [k for k, names in enumerate(plan) if "slow" in names] == [3, 7]
 
 
 def test_rounds_have_a_least_and_a_most() -> None:
-    plan = measure.rounds({"a": 100.0, "b": 1e-6}, {"a": 1.0, "b": 1.0}, least=2, most=5)
+    plan = measure.rounds({"a": (100.0, 1.0, 2), "b": (1e-6, 1.0, 1)}, most=5)
     assert sum("a" in names for names in plan) == 2 and sum("b" in names for names in plan) == 5
 
 

@@ -118,8 +118,8 @@ def checked(
 ) -> tuple[int, str]:
     """Exit status of --check over one case, and what it printed."""
     monkeypatch.setattr(ops, "cases", lambda kind, quick: [case])
-    monkeypatch.setattr(run_case, "JUDGED_S", 0.05)
-    monkeypatch.setattr(run_case, "OTHERS_S", 0.05)
+    monkeypatch.setattr(run_case, "JUDGED", (0.05, 3))
+    monkeypatch.setattr(run_case, "OTHERS", (0.05, 1))
     monkeypatch.setattr(Cpu, "peak", lambda self, call: (call(), 0))
     options = ["--check", "--only", "logp", "--threads", "1", "--out", str(tmp_path / "records.jsonl")]
     status = ops.main(options)
