@@ -67,11 +67,12 @@ class Engine(NamedTuple):
     """One implementation of token statistics over flat targets y [T] and rows [T].
 
     forward(logits, y, rows, how, names, topk) -> {name: [T]}; knows "top" (largest z) and "count" (V') too.
-    backward(logits, y, rows, normaliser, weights, how) -> gradient of logits.
+    backward(logits, y, rows, normaliser, weights, how, into=None) -> gradient of logits; into: where to write
+    it, contiguous and of any float dtype; contiguous logits themselves will do.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor | None, LogitMap, tuple[str, ...], int], dict[str, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor | None, Normaliser, Coefficients, LogitMap], Tensor]
+    backward: Callable[..., Tensor]
 
 
 class LinearGradient(NamedTuple):

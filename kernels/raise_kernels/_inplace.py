@@ -7,17 +7,10 @@ them is told by autograd, as after any operation in place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from raise_kernels._backward import Coefficients, Engine, Normaliser
-from raise_kernels._checks import LogitMap
-from raise_kernels._layout import block_rows
-
-BLOCKS = 16  # of the CPU's blocks of rows, whose gradient exists beside the logits at one time
 
 
 def check_inplace(logits: Tensor) -> None:
@@ -75,30 +68,3 @@ class OverLogits(torch.autograd.Function):
         ctx.logits = None
         torch.autograd.graph.increment_version(logits)
         return None, None, logits
-
-
-def write_gradient(
-    name: str,
-    engine: Engine,
-    logits: Tensor,
-    y: Tensor,
-    rows: Tensor | None,
-    norm: Normaliser,
-    weights: Coefficients,
-    how: LogitMap,
-) -> None:
-    """Put the gradient of contiguous logits [..., V] in their place; arguments as in `Engine.backward`."""
-    if name == "triton":
-        kernels = import_module("raise_kernels.token_stats_backward")
-        kernels.stats_backward(logits, y, rows, norm, weights, how, into=logits)
-        return
-    flat = logits.view(-1, logits.shape[-1])
-    size = BLOCKS * block_rows(flat.shape[-1])
-    order = torch.arange(len(y)) if rows is None else torch.sort(rows, stable=True).indices
-    row_of = order if rows is None else rows[order]
-    for start in range(0, len(flat), size):
-        block = flat[start : start + size]
-        lo, hi = torch.searchsorted(row_of, torch.tensor([start, start + len(block)])).tolist()
-        t = order[lo:hi]
-        norm_here, weights_here = Normaliser(*(x[t] for x in norm)), Coefficients(*(x[t] for x in weights))
-        block.copy_(engine.backward(block, y[t], row_of[lo:hi] - start, norm_here, weights_here, how))

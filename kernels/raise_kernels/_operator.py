@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raise_kernels._backward import Coefficients, Engine, Normaliser, coefficients
 from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap, check_stats, check_want
-from raise_kernels._inplace import OverLogits, check_inplace, write_gradient
+from raise_kernels._inplace import OverLogits, check_inplace
 
 _OPTIONS = (
     "float temperature, float logit_scale, float? softcap, int? valid_vocab, int ignore_index, "
@@ -29,6 +29,16 @@ def logits_engine(name: str) -> Engine:
     """The implementation of a name, imported at first use."""
     engine: Engine = import_module(_MODULES[name]).ENGINE
     return engine
+
+
+def check_engine(name: str, logits: Tensor) -> None:
+    """Refuse logits that an engine cannot take."""
+    if name == "triton" and logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f'logits is {logits.dtype}; give fp32, bf16 or fp16, or use impl="native" or "reference"'
+        )
+    if name == "native" and logits.device.type != "cpu":
+        raise ValueError(f'logits is on {logits.device}; impl="native" runs on the CPU, use impl="triton"')
 
 
 def logit_map(options: tuple[Any, ...]) -> LogitMap:
@@ -124,12 +134,7 @@ def token_stats(
     """
     names = check_want(want)
     check_stats(logits, targets, rows)
-    if engine == "triton" and logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f'logits is {logits.dtype}; give fp32, bf16 or fp16, or use impl="native" or "reference"'
-        )
-    if engine == "native" and logits.device.type != "cpu":
-        raise ValueError(f'logits is on {logits.device}; impl="native" runs on the CPU, use impl="triton"')
+    check_engine(engine, logits)
     if topk < 1:
         raise ValueError(f"topk is {topk}; give at least 1")
     y = targets.reshape(-1).long().contiguous()
@@ -148,7 +153,7 @@ def token_stats(
 
         def write(into: Tensor, grad: Tensor, stats: Tensor) -> None:
             norm, weights = _constants(grad, stats, ",".join(asked), y != how.ignore_index)
-            write_gradient(engine, logits_engine(engine), into, y, n, norm, weights, how)
+            logits_engine(engine).backward(into, y, n, norm, weights, how, into)
 
         stats = OverLogits.apply(lambda x: run(x, y, n, *options), write, logits)
     else:

@@ -67,6 +67,8 @@ def loss_and_gradient(
     low = torch.promote_types(hidden.dtype, weight.dtype)
     size = _tile_rows(len(y), vocab, wide.itemsize + (low.itemsize if low != wide else 0), memory)
     buffer = torch.empty(min(size, len(y)), vocab, dtype=wide, device=y.device)
+    # dz takes the place of the logits, or is rounded at once to what the products take.
+    place = buffer if low == wide else torch.empty_like(buffer, dtype=low)
     sums = _Sums(hidden, weight, bias, len(y), vocab, needs, accumulate_fp32)
     logp = torch.empty(len(y), dtype=wide, device=y.device)
     w = weight[:vocab]
@@ -81,8 +83,8 @@ def loss_and_gradient(
         norm = Normaliser(stats["top"], stats["max_logp"])
         given = {"logp": slope(tile, stats["logp"])}
         weights = coefficients(given, norm, None, None, y[tile] != how.ignore_index)
-        dz = run.backward(logits, y[tile], None, norm, weights, plain)
-        sums.add(tile, dz, dz.to(low), h, w)
+        dz = run.backward(logits, y[tile], None, norm, weights, plain, place[: len(h)])
+        sums.add(tile, dz, h, w)
     return logp, sums.result(n, hidden)
 
 
@@ -115,15 +117,17 @@ class _Sums:
         self.weight = torch.zeros_like(weight, dtype=sum_dtype) if needs[1] else None
         self.bias = bias.new_zeros(bias.shape, dtype=wide) if needs[2] and bias is not None else None
 
-    def add(self, tile: slice, dz: Tensor, low: Tensor, h: Tensor, w: Tensor) -> None:
+    def add(self, tile: slice, dz: Tensor, h: Tensor, w: Tensor) -> None:
+        """The products of dz [rows, V], a tile's gradient of the logits."""
         if self.hidden is not None:
-            matmul(*same_dtype(low, w), out=self.hidden[tile])
+            matmul(*same_dtype(dz, w), out=self.hidden[tile])
         if self.weight is not None:
-            add_product(self.weight[: self.vocab], *same_dtype(low.T, h))
+            add_product(self.weight[: self.vocab], *same_dtype(dz.T, h))
         if self.bias is not None:
-            self.bias[: self.vocab] += dz.sum(0)
+            self.bias[: self.vocab] += dz.sum(0, dtype=self.bias.dtype)
 
     def result(self, n: Tensor, hidden: Tensor) -> LinearGradient:
+        """The gradients in their dtypes; n [T]: the row of hidden of each token."""
         return LinearGradient(
             None if self.hidden is None else scatter_rows(self.hidden, n, hidden),
             None if self.weight is None else self.weight.to(self.weight_dtype),

@@ -182,21 +182,26 @@ def linear_backward(
     on_weight = torch.zeros_like(weight) if needs[1] else None
     on_bias = torch.zeros_like(bias) if needs[2] and bias is not None else None
     columns = _backward_columns(len(h), h.shape[1], vocab, dtype, memory)
-    buffer = torch.empty(len(h), columns, dtype=dtype)
+    buffer = torch.empty(len(h) * columns, dtype=dtype)
+    low = torch.promote_types(h.dtype, weight.dtype)
+    # dz takes the place of the logits, or is rounded at once to what the products take.
+    place = buffer if low == dtype else torch.empty_like(buffer, dtype=low)
     for start in range(0, vocab if len(h) else 0, columns):
         block = slice(start, min(start + columns, vocab))
         w = weight[block]
-        logits = block_logits(*same_dtype(h, w), None if bias is None else bias[block], buffer)
+        flat = slice(0, len(h) * len(w))
+        logits = block_logits(
+            *same_dtype(h, w), None if bias is None else bias[block], buffer[flat].view(len(h), -1)
+        )
         local = (y - start).clamp(0, len(w) - 1)
-        on_target = torch.where(y - start == local, weights.on_target, 0.0)
-        dz = stats_backward(logits, local, None, norm, weights._replace(on_target=on_target), plain)
+        here = weights._replace(on_target=torch.where(y - start == local, weights.on_target, 0.0))
+        dz = stats_backward(logits, local, None, norm, here, plain, place[flat].view(len(h), -1))
         if on_bias is not None:
-            on_bias[block] = dz.sum(0)
-        low = dz.to(torch.promote_types(h.dtype, w.dtype))
+            on_bias[block] = dz.sum(0, dtype=dtype)
         if needs[0]:
-            matmul(*same_dtype(low, w), out=on_hidden, accumulate=start > 0)
+            matmul(*same_dtype(dz, w), out=on_hidden, accumulate=start > 0)
         if on_weight is not None:
-            product_into(on_weight[block], *same_dtype(low.T, h))
+            product_into(on_weight[block], *same_dtype(dz.T, h))
     return LinearGradient(
         scatter_rows(on_hidden, which.n[tokens], hidden) if needs[0] else None, on_weight, on_bias
     )
@@ -211,8 +216,8 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _backward_columns(count: int, size: int, vocab: int, dtype: torch.dtype, memory: int) -> int:
-    """Columns of a block: logits and dz of all rows, dz once more in 16 bits, and the product for dweight."""
-    per_column = count * (2 * dtype.itemsize + 2) + size * dtype.itemsize
+    """Columns of a block: logits of all rows, dz beside them in 16 bits, and the product for dweight."""
+    per_column = count * (dtype.itemsize + 2) + size * dtype.itemsize
     return min(vocab, max(64, memory // max(per_column, 1) // 64 * 64))
 
 

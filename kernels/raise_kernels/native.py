@@ -28,6 +28,7 @@ CALL = (
     16384  # elements of several rows that one call may cover: half of what PyTorch starts a second thread for
 )
 VECTOR = 64  # elements; a multiple of what any of PyTorch's vector loops takes at a time
+IN_PLACE = 16  # blocks of rows whose gradient exists beside the logits that it is written over
 LOG2_E = math.log2(math.e)  # exp(x) is computed as 2^(x log2 e): PyTorch's exp2 costs a third of its exp
 INF = math.inf
 
@@ -134,13 +135,36 @@ def stats_forward(
 
 
 def stats_backward(
-    logits: Tensor, y: Tensor, rows: Tensor | None, norm: Normaliser, weights: Coefficients, how: LogitMap
+    logits: Tensor,
+    y: Tensor,
+    rows: Tensor | None,
+    norm: Normaliser,
+    weights: Coefficients,
+    how: LogitMap,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of logits, in their dtype, for the `weights` of `_backward`; a repeated row adds up."""
+    """Gradient of logits, in their dtype, for the `weights` of `_backward`; a repeated row adds up.
+
+    into: where to write it instead, contiguous and of any float dtype; contiguous logits themselves will do.
+    """
     library = native_compiled.library_for(logits)
-    if library is None:
+    if library is not None:
+        return native_compiled.stats_backward(library, logits, y, rows, norm, weights, how, into)
+    if into is None:
         return _blocked_backward(logits, y, rows, norm, weights, how)
-    return native_compiled.stats_backward(library, logits, y, rows, norm, weights, how)
+    # A block of rows at a time, whose gradient exists beside it until all of it has been read.
+    flat, out = logits.reshape(-1, logits.shape[-1]), into.view(-1, logits.shape[-1])
+    size = IN_PLACE * block_rows(flat.shape[-1])
+    order = torch.arange(len(y)) if rows is None else torch.sort(rows, stable=True).indices
+    row_of = order if rows is None else rows[order]
+    for start in range(0, len(flat), size):
+        block = flat[start : start + size]
+        lo, hi = torch.searchsorted(row_of, torch.tensor([start, start + len(block)])).tolist()
+        t = order[lo:hi]
+        norm_here, weights_here = Normaliser(*(x[t] for x in norm)), Coefficients(*(x[t] for x in weights))
+        grad = _blocked_backward(block, y[t], row_of[lo:hi] - start, norm_here, weights_here, how)
+        out[start : start + size].copy_(grad)
+    return into
 
 
 def _blocked_forward(
@@ -215,7 +239,10 @@ def _blocked_backward(
     live = torch.stack(weights).ne(0).any(0)
     repeated = rows is not None and len(torch.unique(rows)) < len(rows)
     into = grad.view(logits.shape[:-1].numel(), logits.shape[-1])[:, : block.columns]
-    for tokens, numbers in _blocks(rows, live, block.rows):
+    order = torch.sort(rows, stable=True).indices if rows is not None and repeated else torch.arange(len(y))
+    sums = RowSums(into, block.dtype)
+    for tokens in torch.split(order[live[order]], block.rows) if live.any() else ():
+        numbers = tokens if rows is None else rows[tokens]
         on_p, on_p_logp, everywhere, on_target = (w[tokens, None] for w in weights)
         r = len(tokens)
         z = block.load(numbers)
@@ -236,23 +263,40 @@ def _blocked_backward(
             dz.mul_(a)
         if level or how.softcap is not None:
             dz.masked_fill_(z == -INF, 0.0)
-        store(into, numbers, dz, repeated)
+        if repeated:
+            sums.add(numbers, dz)
+        else:
+            store(into, numbers, dz)
     return grad
 
 
-def store(into: Tensor, rows: Tensor, dz: Tensor, repeated: bool) -> None:
-    """Write dz [r, columns] to the named rows of into [N, columns], or add it in order where rows repeat."""
-    near = None if repeated else adjacent(rows, into)
+class RowSums:
+    """Rows [N, columns] that are sums of rows which follow each other: each is rounded to its dtype once."""
+
+    def __init__(self, into: Tensor, dtype: torch.dtype) -> None:
+        self.into, self.row, self.total = into, -1, torch.empty(into.shape[1], dtype=dtype)
+
+    def add(self, rows: Tensor, dz: Tensor) -> None:
+        """Add dz [r, columns] to the rows with these numbers, in order."""
+        for n, one in zip(rows.tolist(), dz, strict=True):
+            if n == self.row:
+                self.total += one
+            else:
+                self.row = n
+                self.total.copy_(one)
+            self.into[n].copy_(self.total)
+
+
+def store(into: Tensor, rows: Tensor, dz: Tensor) -> None:
+    """Write dz [r, columns] to the named rows of into [N, columns], none of which is named twice."""
+    near = adjacent(rows, into)
     if near is not None:
         near.copy_(dz)
-    elif not repeated and into.shape[1] < CALL:
+    elif into.shape[1] < CALL:
         into[rows] = dz.to(into.dtype)
     else:
         for n, row in zip(rows.tolist(), dz, strict=True):
-            if repeated:
-                into[n].add_(row)
-            else:
-                into[n].copy_(row)
+            into[n].copy_(row)
 
 
 ENGINE = Engine(stats_forward, stats_backward)

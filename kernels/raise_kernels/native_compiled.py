@@ -45,6 +45,7 @@ class Job(ctypes.Structure):
         ("max_logp", ctypes.c_void_p),
         ("weights", ctypes.c_void_p * 4),
         ("grad", ctypes.c_void_p),
+        ("grad_dtype", ctypes.c_int64),
         ("first", ctypes.c_void_p),
         ("next", ctypes.c_void_p),
         ("units", ctypes.c_int64),
@@ -123,16 +124,20 @@ def stats_backward(
     norm: Normaliser,
     weights: Coefficients,
     how: LogitMap,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of logits, contiguous and in their dtype; tokens of one row add up in fp32, in their order."""
+    """Gradient of logits, contiguous and in their dtype; tokens of one row add up in fp32, in their order.
+
+    into: where to write it, contiguous, of any dtype of `DTYPES`; contiguous logits themselves will do.
+    """
     call = _Call(logits, y, rows, how)
-    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    grad = torch.empty(logits.shape, dtype=logits.dtype) if into is None else into
     job, count = call.job, call.job.rows
     job.top, job.max_logp = call.address(norm.top), call.address(norm.max_logp)
     for k, weight in enumerate(weights):
         job.weights[k] = call.address(weight)
     lists = torch.empty(count + len(y), dtype=torch.int64)
     job.first = call.address(lists)
-    job.next, job.grad = job.first + 8 * count, grad.data_ptr()
+    job.next, job.grad, job.grad_dtype = job.first + 8 * count, grad.data_ptr(), DTYPES[grad.dtype]
     call.run(library.raise_token_stats_backward, count)
     return grad

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import raise_core as rc
-from raise_kernels import _inplace
 from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap
 from raise_kernels._layout import block_rows
 from tests.budget import assert_exact
@@ -67,7 +66,7 @@ def test_the_same_bits_in_the_memory_of_the_logits(
 @pytest.mark.parametrize("named", [False, True])
 def test_more_rows_than_the_cpu_takes_at_a_time(named: bool) -> None:
     vocab = 9
-    count = 2 * _inplace.BLOCKS * block_rows(vocab) + 5
+    count = 2 * native.IN_PLACE * block_rows(vocab) + 5
     logits, rows = torch.randn(count, vocab), torch.randint(0, count, (count,)) if named else None
     y = torch.randint(0, vocab, (count,))
     plain, inplace, _ = both(logits, y, {"logp": torch.randn(count), "entropy": torch.randn(count)}, rows)

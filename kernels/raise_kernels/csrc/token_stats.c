@@ -30,7 +30,8 @@ typedef struct {
     int64_t capped, level, ranked;
     float *out[FIELDS];     /* [tokens] each, or NULL where not wanted */
     const float *top, *max_logp, *on_p, *on_p_logp, *everywhere, *on_target; /* [tokens] */
-    void *grad;             /* [rows, all_columns] in the dtype of x */
+    void *grad;             /* [rows, all_columns]; x itself will do, each block of a row is read before */
+    int64_t grad_dtype;
     int64_t *first, *next;  /* [rows], [tokens]: the tokens of a row as a list */
     int64_t units, grain, cursor; /* what threads take: tokens or rows, so many at a time */
 } Job;
@@ -298,9 +299,9 @@ static void to_dx(const Job *job, const float *z, int64_t count, float *dz)
 
 static void store(const Job *job, char *into, const float *dz, int64_t count)
 {
-    if (job->dtype == FP32)
+    if (job->grad_dtype == FP32)
         memcpy(into, dz, count * sizeof *dz);
-    else if (job->dtype == BF16)
+    else if (job->grad_dtype == BF16)
         for (int64_t j = 0; j < count; j++)
             ((uint16_t *)into)[j] = to_bf16(dz[j]);
     else
@@ -310,7 +311,7 @@ static void store(const Job *job, char *into, const float *dz, int64_t count)
 
 static void differentiate(const Job *job, int64_t n)
 {
-    int64_t item = item_size(job), t = job->first[n];
+    int64_t item = job->grad_dtype == FP32 ? 4 : 2, t = job->first[n];
     char *into = (char *)job->grad + n * job->all_columns * item;
     int64_t written = 0;
     float buffer[BLOCK], dz[BLOCK];
