@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import raise_core as rc
+from raise_kernels import native
 from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap
 from raise_kernels._layout import block_rows
 from tests.budget import assert_exact
