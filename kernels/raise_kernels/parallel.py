@@ -135,10 +135,15 @@ def _looked_at(
 
 
 def _to_z(x: Tensor, how: LogitMap) -> Tensor:
-    """z of raw logits in float64: rounded to fp32, a vector loop and its end then give the same."""
+    """z of raw logits as float64: a product rounded as engines round it, a softcap not rounded at all.
+
+    Rounded to fp32, what a vector loop and its end make of a float64 tanh is the same.
+    """
     a, b = how.factors
+    if how.softcap is None:
+        return (a * x).double()
     x = x.double()
-    return a * x if how.softcap is None else torch.where(x == -math.inf, x, b * torch.tanh(a * x))
+    return torch.where(x == -math.inf, x, b * torch.tanh(a * x))
 
 
 def merge_shards(
