@@ -21,15 +21,19 @@ from .ops import (
     token_stats,
 )
 from .policy_loss import PolicyLoss, pack, policy_loss
+from .scorer import CompletionRows, SamplerCheck, Scorer
 from .spans import Found, Spans, build_spans, find_answer_spans, find_step_spans
 from .verify import Verdict, verify, verify_details
 
 __all__ = [
+    "CompletionRows",
     "EmaReference",
     "Found",
     "PartialStats",
     "PolicyLoss",
     "Rewards",
+    "SamplerCheck",
+    "Scorer",
     "Spans",
     "TokenStats",
     "Verdict",

@@ -1,0 +1,90 @@
+"""First-use checks of the scorer: does a packed group give what separate passes give, is the head a matrix?
+
+A rounding is allowed, a wrong mask or position is not. What roundings come to is measured on the model at
+hand: a pass of one completion is repeated with its embeddings nudged by an ulp. Roundings inside the layers are of the
+same size and add up at random, so that `ROUNDINGS` of them a layer give the square root of their number times
+that. A wrong position changes the result by a share of its size instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from raise_core.backbone import Backbone
+from raise_core.group_forward import Call, chain, plain_branch, wanted_rows
+from raise_core.packing import Tree
+
+ROUNDINGS = 8  # tensors that a decoder layer rounds: norms, projections, products, sums
+SLACK = 2.0  # both passes round
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradient; every module's mode is as before afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def group_fault(call: Call, tree: Tree, mode: str) -> str | None:
+    """How far the last branch of a group is from its plain pass, when that is too far; else None."""
+    branch = max(i for i, b in enumerate(tree.branches) if b.start < b.stop)
+    wanted = tree.branches[branch]
+    path = [branch]
+    while (parent := tree.branches[path[0]].parent) >= 0:
+        path.insert(0, parent)
+    here = slice(tree.first(branch) - 1 + wanted.start, tree.first(branch) - 1 + wanted.stop)
+    with evaluation(call.backbone.model):
+        got = wanted_rows(call, [tree], [mode])[-(wanted.stop - wanted.start) :]
+        plain = plain_branch(call, tree, branch)[here]
+        eps = torch.finfo(plain.dtype).eps
+        still, nudged = (chain(call, tree, path, jitter=jitter)[here] for jitter in (0.0, eps))
+    layers = len(call.backbone.decoder.layers)
+    allowed = SLACK * math.sqrt(ROUNDINGS * (layers + 1)) * max(_rms(nudged - still), eps * _rms(plain))
+    off = _rms(got - plain)
+    if off <= allowed:
+        return None
+    return (
+        f"its hidden states are off by {off / _rms(plain):.2g} of their size, "
+        f"where roundings explain {allowed / _rms(plain):.2g}"
+    )
+
+
+def head_fault(backbone: Backbone, tokens: int = 8) -> str | None:
+    """What the model's own logits differ by from cap(scale * (hidden @ weight.T + bias)), on a few tokens."""
+    head = backbone.head()
+    vocabulary, size = head.weight.shape
+    ids = torch.arange(vocabulary)
+    ids = ids[backbone.media.kinds(ids) == 0][:tokens][None].to(backbone.device)
+    with evaluation(backbone.model):
+        own = backbone.model(input_ids=ids, use_cache=False).logits[0].double()
+        hidden = backbone.core(input_ids=ids, use_cache=False).last_hidden_state[0].double()
+        z = hidden @ head.weight.double().T
+        reach = hidden.norm(dim=1)[:, None] * head.weight.double().norm(dim=1)
+        if head.bias is not None:
+            z, reach = z + head.bias, reach + head.bias.abs()
+        z, reach = head.logit_scale * z, abs(head.logit_scale) * reach
+        if head.softcap is not None:
+            z = head.softcap * torch.tanh(z / head.softcap)
+    eps = torch.finfo(head.weight.dtype).eps
+    # A product of D terms is off by about sqrt(D) roundings of its terms; then it is rounded itself.
+    allowed = 4 * eps * (reach / math.sqrt(size) + z.abs() + 1)
+    off = (own[:, : z.shape[1]] - z).abs()
+    if own.shape[1] == z.shape[1] and bool((off <= allowed).all()):
+        return None
+    return f"its logits differ from its head's matrix product by up to {float(off.max()):.2g}"
