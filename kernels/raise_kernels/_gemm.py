@@ -8,9 +8,6 @@ the fp32 sums, and the bits of a row depend neither on the other rows nor on the
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -88,41 +85,21 @@ def _adjacent(out: Tensor, axis: int) -> bool:
 
 
 def _compiled_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """The C kernel on out with adjacent columns. Threads take tiles of out from one counter."""
+    """The C kernel, on out with adjacent columns."""
     library = _compiled.library()
     assert library is not None, "the caller asked `kind`"
     (rows, depth), columns = a.shape, b.shape[1]
     threads = 1 if rows * columns * depth < ALONE else torch.get_num_threads()
-    following = ctypes.c_int64(0)
-    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (a, b, out))
     sizes = (rows, columns, depth, *a.stride(), *b.stride(), out.stride(0))
-    arguments = (
+    failed = library.raise_gemm(
         ctypes.c_int(KINDS[a.dtype]),
-        *pointers,
+        *(ctypes.c_void_p(t.data_ptr()) for t in (a, b, out)),
         *map(ctypes.c_int64, sizes),
         ctypes.c_int(accumulate),
         ctypes.c_int64(threads),
-        ctypes.byref(following),
     )
-
-    def work() -> int:
-        # A thread that outlives an interrupted caller keeps what it reads and writes.
-        _ = a, b, out
-        return int(library.raise_gemm(*arguments))
-
-    others = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
-    failed = work()
-    if failed or any([other.result() for other in others]):
-        raise MemoryError("no memory to pack the operands of a matrix product; it takes up to 8 MB a thread")
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="raise_kernels")
-
-
-# A forked process has the pool, but none of its threads.
-os.register_at_fork(after_in_child=_pool.cache_clear)
+    if failed:
+        raise MemoryError("no memory to pack the operands of a matrix product: up to 7 MB a thread")
 
 
 def _torch(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:

@@ -38,7 +38,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL
 
 
 def without_bf16(compiler: list[str], folder: Path) -> ctypes.CDLL:
-    shutil.copy(_compiled.SOURCES / "gemm.c", folder)
+    for name in ("gemm.c", "threads.h"):
+        shutil.copy(_compiled.SOURCES / name, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_compiled, "SOURCES", folder)
         return _compiled.load([*compiler, "-mno-avx512bf16"], None)

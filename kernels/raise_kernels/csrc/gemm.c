@@ -14,6 +14,8 @@ enum { BF16 = 0, FP16 = 1, FP32 = 2, BF16_WIDENED = 3 };
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
+#include "threads.h"
+
 #define STEPS 512 /* a multiple of CHAIN and of 16 */
 #define CHAIN 64
 #define ROWS 8 /* of c, and vectors of 16 columns, that are kept in registers */
@@ -93,7 +95,7 @@ INLINE lane one(int kind, const source *x, const char *p, i64 s) {
   return first | (lane)*(const uint16_t *)(p + (2 * s + 1) * x->k_stride) << 16;
 }
 
-INLINE void transpose16(__m512i r[16]) {
+static __attribute__((noinline)) void transpose16(__m512i r[16], lane to[16][16]) {
   __m512i t[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {
@@ -116,8 +118,8 @@ INLINE void transpose16(__m512i r[16]) {
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 8; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    _mm512_store_si512(to[i], _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_store_si512(to[i + 8], _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
   }
 }
 
@@ -153,23 +155,23 @@ INLINE void pack_across(int kind, int width, lane *to, const source *x, const ch
     }
 }
 
-/* 16 steps of up to 16 lanes that are not adjacent. */
-INLINE void square(int kind, const source *x, const char *p, i64 lanes, i64 from, i64 steps, __m512i r[16]) {
-  if (x->k_stride == bytes(kind)) {
-    i64 element = from * depth(kind);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
-      const char *at = p + i * x->lane_stride + element * bytes(kind);
-      r[i] = i < lanes ? along(kind, at, x->k - element) : _mm512_setzero_si512();
-    }
-    transpose16(r);
+/* 16 steps of up to 16 lanes that are not adjacent in memory. */
+INLINE void square(int kind, const source *x, const char *p, i64 lanes, i64 from, i64 steps,
+                   lane to[16][16]) {
+  if (x->k_stride != bytes(kind)) {
+    for (i64 j = 0; j < least(16, steps); j++)
+      for (i64 i = 0; i < 16; i++) to[j][i] = i < lanes ? one(kind, x, p + i * x->lane_stride, from + j) : 0;
     return;
   }
-  lane gathered[16][16] = {{0}};
-  for (i64 j = 0; j < least(16, steps); j++)
-    for (i64 i = 0; i < lanes; i++) gathered[j][i] = one(kind, x, p + i * x->lane_stride, from + j);
+  __m512i r[16];
+  i64 element = from * depth(kind);
 #pragma GCC unroll 16
-  for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(gathered[j]);
+  for (int i = 0; i < 16; i++) {
+    const char *at = p + i * x->lane_stride + element * bytes(kind);
+    _mm_prefetch(at + 16 * x->lane_stride, _MM_HINT_T1); /* of the lanes that are packed next */
+    r[i] = i < lanes ? along(kind, at, x->k - element) : _mm512_setzero_si512();
+  }
+  transpose16(r, to);
 }
 
 /* Lanes [first, first + lanes) and steps [from, from + steps) of x to panels. */
@@ -180,16 +182,13 @@ INLINE void pack_kind(int kind, int width, lane *to, const source *x, i64 first,
     pack_across(kind, width, to, x, p, lanes, from, steps);
     return;
   }
-  for (i64 l = 0; l < lanes; l += 16) {
-    place at = place_of(width, to, l / 16);
+  for (i64 l = 0; l < lanes; l += 16)
     for (i64 s = 0; s < steps; s += 16) {
-      __m512i r[16];
-      square(kind, x, p + l * x->lane_stride, least(16, lanes - l), from + s, steps - s, r);
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; j++)
-        if (s + j < steps) put(width, at, s + j, r[j]);
+      lane both[16][16] __attribute__((aligned(64)));
+      square(kind, x, p + l * x->lane_stride, least(16, lanes - l), from + s, steps - s, both);
+      for (i64 j = 0; j < least(16, steps - s); j++)
+        put(width, place_of(width, to, l / 16), s + j, _mm512_load_si512(both[j]));
     }
-  }
 }
 
 #define PACK(name, width)                                                                       \
@@ -224,14 +223,14 @@ typedef struct {
   int add;
 } task;
 
-/* `rows` x (16 * vectors) of c, the last vector masked. */
-INLINE void tile(int paired, int rows, int vectors, task x, __mmask16 last) {
+/* The first `stored` of `rows` rows, and `vectors` vectors of 16 columns, the last one masked. */
+INLINE void tile(int paired, int rows, int vectors, task x, i64 stored, __mmask16 last) {
   float total[ROWS][WIDTH] __attribute__((aligned(64)));
 #pragma GCC unroll 8
   for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; v++) {
-      _mm_prefetch((const char *)(x.c + i * x.c_stride + 16 * v), _MM_HINT_T0);
+      if (i < stored) _mm_prefetch((const char *)(x.c + i * x.c_stride + 16 * v), _MM_HINT_T0);
       _mm512_store_ps(&total[i][16 * v], _mm512_setzero_ps());
     }
   }
@@ -261,7 +260,7 @@ INLINE void tile(int paired, int rows, int vectors, task x, __mmask16 last) {
       }
     }
   }
-  for (int i = 0; i < rows; i++) {
+  for (int i = 0; i < stored; i++) {
     for (int v = 0; v < vectors; v++) {
       float *at = x.c + i * x.c_stride + 16 * v;
       __mmask16 mask = v == vectors - 1 ? last : first_of(16);
@@ -273,14 +272,15 @@ INLINE void tile(int paired, int rows, int vectors, task x, __mmask16 last) {
 }
 
 #define CASE(rows, vectors) \
-  case (rows)*VECTORS + (vectors): tile(paired, rows, vectors, x, last); break;
+  case (rows)*VECTORS + (vectors): tile(paired, rows, vectors, x, stored, last); break;
 #define CASES(rows) CASE(rows, 1) CASE(rows, 2) CASE(rows, 3)
 
-INLINE void any_tile(int paired, i64 rows, i64 columns, task x) {
+INLINE void any_tile(int paired, i64 stored, i64 columns, task x) {
   i64 vectors = parts(columns, 16);
   __mmask16 last = first_of(columns - 16 * (vectors - 1));
+  i64 rows = stored > 4 ? 8 : stored > 2 ? 4 : stored;
   switch (rows * VECTORS + vectors) {
-    CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) CASES(7) CASES(8)
+    CASES(1) CASES(2) CASES(4) CASES(8)
   }
 }
 
@@ -302,6 +302,7 @@ typedef struct {
   float *c;
   i64 c_stride, tile_m, tile_n;
   int add;
+  i64 next, working; /* shared by the threads: the tile to take, and how many threads had memory */
 } product;
 
 typedef struct {
@@ -331,23 +332,24 @@ static void grid_tile(const product *x, i64 i, i64 j, scratch *s) {
   if (s->b_block) s->b_held = j;
 }
 
-/* Takes tiles of the grid from the shared counter until none is left. */
-static int work(const product *x, i64 *next) {
+/* Takes tiles of the grid until none is left. */
+static void work(void *shared) {
+  product *x = shared;
   i64 blocks = parts(parts(x->a.k, depth(x->a.kind)), STEPS);
   i64 a_size = parts(x->tile_m, 16) * 2 * A_PANEL, b_size = parts(x->tile_n, WIDTH) * B_PANEL;
   int hold_a = blocks * a_size <= HELD, hold_b = blocks * b_size <= HELD && x->tile_n >= x->b.lanes;
   if (hold_a) a_size *= blocks;
   b_size = hold_b ? b_size * blocks : STRIP / WIDTH * B_PANEL;
   lane *memory = malloc((a_size + b_size + 16) * sizeof(lane));
-  if (!memory) return -1;
+  if (!memory) return;
+  __atomic_fetch_add(&x->working, 1, __ATOMIC_RELAXED);
   scratch s = {(lane *)(((uintptr_t)memory + 63) & ~(uintptr_t)63), 0, hold_a ? a_size / blocks : 0,
                hold_b ? b_size / blocks : 0, -1, -1};
   s.b = s.a + a_size;
   i64 across = parts(x->b.lanes, x->tile_n), tiles = across * parts(x->a.lanes, x->tile_m);
-  for (i64 t; (t = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < tiles;)
+  for (i64 t; (t = __atomic_fetch_add(&x->next, 1, __ATOMIC_RELAXED)) < tiles;)
     grid_tile(x, t / across * x->tile_m, t % across * x->tile_n, &s);
   free(memory);
-  return 0;
 }
 
 /* Even shares: as many tiles as a multiple of `threads`, of at most TILE_M x TILE_N. */
@@ -361,16 +363,16 @@ static void cut(product *x, i64 threads) {
   x->tile_n = parts(parts(n, across), WIDTH) * WIDTH;
 }
 
-/* Strides in elements; those of c along n are 1. Each of `threads` threads calls this once, with the same
- * arguments and `next` at 0 before. Not 0: there is no memory. */
+/* Strides in elements; those of c along n are 1. Returns 0, or -1: no thread had memory. */
 int raise_gemm(int kind, const void *a, const void *b, float *c, i64 m, i64 n, i64 k, i64 a_m, i64 a_k,
-               i64 b_k, i64 b_n, i64 c_m, int add, i64 threads, i64 *next) {
+               i64 b_k, i64 b_n, i64 c_m, int add, i64 threads) {
   if (kind == BF16 && !PAIRS) kind = BF16_WIDENED;
   i64 size = bytes(kind);
   source from_a = {a, m, k, a_m * size, a_k * size, kind}, from_b = {b, n, k, b_n * size, b_k * size, kind};
-  product x = {from_a, from_b, c, c_m, 0, 0, add};
+  product x = {from_a, from_b, c, c_m, 0, 0, add, 0, 0};
   cut(&x, threads);
-  return work(&x, next);
+  run_on_threads(work, &x, threads);
+  return x.working ? 0 : -1;
 }
 
 /* 0: there is no kernel for this processor. 1: of all dtypes. 2: and bf16 has its own instruction. */
