@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from raise_core.ops.impl import chosen_impl
-from raise_core.ops.loss import Gradients, LogitMap, loss_and_gradient
-from raise_core.ops.stats import run_linear_stats
+from raise_core.ops.loss import Gradients, LogitMap, check_linear, loss_and_gradient
+from raise_core.ops.stats import check_memory, run_linear_stats
 from raise_core.policy_loss import Kind, KlEstimator, PolicyLoss, PolicyStep, check_policy, policy_step
 
 NEVER = -(1 << 62)  # the ignore_index of a loss in which every token counts
@@ -94,6 +94,8 @@ def linear_policy_loss(
         valid_vocab=valid_vocab,
         ignore_index=NEVER,
     )
+    check_linear(hidden, weight, bias, targets, rows)
+    check_memory(memory)
     chosen = chosen_impl(hidden, impl)
     like = hidden.new_empty(targets.numel(), dtype=torch.float64 if hidden.dtype == torch.float64 else None)
     check_policy(like, like if logp_old is None else logp_old, advantage, offsets, logp_ref)

@@ -13,11 +13,14 @@ the step's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from raise_core.ops.loss import check_bounds, check_tensor
 
 Kind = Literal["grpo", "dapo", "dr_grpo"]
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -61,8 +64,9 @@ def policy_loss(
 ) -> PolicyLoss:
     """Policy loss of S completions packed into T tokens; differentiable in `logp` only.
 
-    offsets: completion s is tokens `offsets[s]:offsets[s+1]`; starts at 0, ends at T, never falls. Its values
-        are not checked, so that nothing waits for the device. An empty completion contributes 0.
+    offsets: completion s is tokens `offsets[s]:offsets[s+1]`; starts at 0, ends at T, never falls. Where only
+        the device knows its values, a token of no completion makes the loss NaN. An empty completion
+        contributes 0.
     num_tokens, num_sequences: completion tokens and completions of the WHOLE optimiser step. Where a
         data-parallel wrapper averages gradients over ranks, pass the global count divided by the number of
         ranks. 0 counts as 1.
@@ -139,9 +143,11 @@ def policy_step(
     _check_options(kind, kl, kl_estimator, eps_low, eps_high, logp_ref, max_length)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     owner = _owner(offsets, len(like))
+    inside = (owner >= 0) & (owner < len(advantage))
+    owner = torch.where(inside, owner, 0)
     return PolicyStep(
         kind=kind,
-        advantage=advantage.detach().to(dtype)[owner],
+        advantage=advantage.detach().to(dtype)[owner].masked_fill(~inside, math.nan),
         length=(offsets[1:] - offsets[:-1]).to(dtype)[owner],
         tokens=_count("num_tokens", num_tokens, like.device, dtype),
         sequences=_count("num_sequences", num_sequences, like.device, dtype),
@@ -199,6 +205,8 @@ def _metrics(ratio: Tensor, a: Tensor, eps_low: float, eps_high: float, tokens: 
 
 
 def _count(name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if value is None or isinstance(value, str):
+        raise TypeError(f"{name}: got {value!r}, wanted a count of the whole optimiser step")
     if isinstance(value, Tensor):
         count = value.detach().to(device, dtype)
         return torch.where(count == 0, torch.ones_like(count), count)
@@ -210,7 +218,12 @@ def _count(name: str, value: float | Tensor, device: torch.device, dtype: torch.
 def check_policy(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, offsets: Tensor, logp_ref: Tensor | None
 ) -> None:
-    """Refuse shapes and dtypes that a policy loss cannot mean anything by."""
+    """Refuse shapes, dtypes and devices that a policy loss cannot mean anything by."""
+    given = {"logp": logp, "logp_old": logp_old, "advantage": advantage, "offsets": offsets}
+    for name, x in (given if logp_ref is None else given | {"logp_ref": logp_ref}).items():
+        check_tensor(name, x)
+        if x.device != logp.device:
+            raise ValueError(f"{name}: got a tensor on {x.device}, wanted {logp.device}, where logp is")
     if logp.ndim != 1 or not logp.dtype.is_floating_point:
         raise ValueError(
             f"logp: got {logp.dtype} of shape {list(logp.shape)}, wanted floating [T]; padded ones go "
@@ -227,6 +240,7 @@ def check_policy(
         )
     if len(offsets) == 1 and len(logp):
         raise ValueError(f"offsets: got no completion for {len(logp)} tokens of logp, wanted [S+1] bounds")
+    check_bounds(offsets, len(logp))
     if advantage.shape != (len(offsets) - 1,):
         raise ValueError(
             f"advantage: got shape {list(advantage.shape)}, wanted one per completion, [{len(offsets) - 1}]"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ STATS = (
     "rank",
     "topk_logp_mean",
 )
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DIFFERENTIABLE = ("logp", "lse", "entropy", "self_certainty")
 VARIANTS = ("paper", "balanced")
 
@@ -44,8 +46,10 @@ class LogitMap:
         _positive("logit_scale", self.logit_scale)
         if self.softcap is not None:
             _positive("softcap", self.softcap, "None for no softcap")
-        if self.valid_vocab is not None and self.valid_vocab < 1:
-            raise ValueError(f"valid_vocab is {self.valid_vocab}; give at least 1, or None for all columns")
+        if self.valid_vocab is not None:
+            check_whole("valid_vocab", self.valid_vocab, "None for all columns")
+        if not isinstance(self.ignore_index, int | torch.SymInt):
+            raise TypeError(f"ignore_index is {self.ignore_index!r}; give an int that is no token id")
 
     @property
     def factors(self) -> tuple[float, float]:
@@ -59,18 +63,36 @@ class LogitMap:
         if self.valid_vocab is None:
             return vocab
         if self.valid_vocab > vocab:
-            raise ValueError(f"valid_vocab is {self.valid_vocab}, but the logits have {vocab} columns")
+            raise ValueError(
+                f"valid_vocab is {self.valid_vocab}, but the logits have {vocab} columns; give at most that"
+            )
         return self.valid_vocab
 
 
 def _positive(name: str, value: float, otherwise: str = "1.0 for no change") -> None:
+    _real(name, value)
     # Comparisons, unlike math.isfinite, can be traced by torch.compile with a symbolic value.
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}; give a finite number above 0, or {otherwise}")
 
 
+def _real(name: str, value: object) -> None:
+    if not isinstance(value, Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} is {value!r}; give a Python number")
+
+
+def check_whole(name: str, value: object, otherwise: str | None = None) -> None:
+    """Refuse a scalar option that is not a whole number of at least 1."""
+    way_out = "" if otherwise is None else f", or {otherwise}"
+    if not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} is {value!r}; give a whole number, at least 1{way_out}")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; give at least 1{way_out}")
+
+
 def check_rate(name: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
     """Refuse a scalar option that is not a finite number in [low, high]."""
+    _real(name, value)
     if not (low <= value <= high and value < math.inf):
         raise ValueError(f"{name} is {value}; give a finite number in [{low}, {high}]")
 
@@ -79,14 +101,25 @@ def check_want(want: Sequence[str]) -> tuple[str, ...]:
     """The wanted statistics without repeats, in the order of `STATS`."""
     if isinstance(want, str):
         raise TypeError(f'want is the string {want!r}; give a tuple such as ("{want}",)')
+    if not isinstance(want, Sequence | Set):
+        raise TypeError(f'want is {want!r}; give a tuple such as ("logp",)')
     unknown = [name for name in want if name not in STATS]
     if unknown or not want:
         raise ValueError(f"want is {tuple(want)}; give one or more of {STATS}")
     return tuple(name for name in STATS if name in want)
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Refuse what is not a dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; give a tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} is {value.layout}; give {name}.to_dense()")
+
+
 def check_stats(logits: Tensor, targets: Tensor, rows: Tensor | None) -> None:
     """Refuse shapes, dtypes and devices that `token_stats` cannot mean anything by."""
+    check_tensor("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; give [..., V] with V at least 1")
     if not logits.dtype.is_floating_point:
@@ -110,17 +143,23 @@ def check_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None
 ) -> None:
     """Refuse shapes, dtypes and devices that `linear_token_stats` cannot mean anything by."""
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1:] != weight.shape[1:] or not len(weight):
+    for name, given in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if given is not None:
+            check_tensor(name, given)
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1:] != weight.shape[1:] or not weight.numel():
         raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}; give [..., D] and [V, D]"
+            f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}; give [..., D] and [V, D], "
+            "V and D at least 1"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, weight {tuple(weight.shape)}; give [V]")
     for name, other in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if other is not None and other.device != hidden.device:
             raise ValueError(f"{name} is on {other.device}, hidden on {hidden.device}; move one of them")
-        if other is not None and not other.dtype.is_floating_point:
-            raise TypeError(f"{name} is {other.dtype}; give a floating-point tensor")
+        if other is not None and other.dtype not in FLOATS:
+            raise TypeError(f"{name} is {other.dtype}; give fp32, bf16, fp16 or fp64")
+    if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(f"hidden is {hidden.dtype}, weight {weight.dtype}; give both as float64, or neither")
     check_index("targets", targets, hidden.device)
     if rows is None and targets.shape != hidden.shape[:-1]:
         raise ValueError(
@@ -135,8 +174,18 @@ def check_linear(
             )
 
 
+def check_candidates(candidates: Tensor, device: torch.device) -> None:
+    """Refuse candidates that are not [..., K] token ids with K at least 1."""
+    check_index("candidates", candidates, device)
+    if candidates.dim() < 1 or candidates.shape[-1] < 1:
+        raise ValueError(
+            f"candidates has shape {tuple(candidates.shape)}; give [T, K] token ids, K at least 1"
+        )
+
+
 def check_index(name: str, index: Tensor, device: torch.device) -> None:
     """Refuse an index tensor that is not int32 or int64 on `device`."""
+    check_tensor(name, index)
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} is {index.dtype}; give int64 or int32")
     if index.device != device:
@@ -156,23 +205,30 @@ def check_spans(logp: Tensor, offsets: Tensor) -> None:
     The values of `offsets` are read only where that costs no synchronisation; bounds that only the device
     knows and that leave [0, T] give NaN for their span.
     """
+    check_tensor("logp", logp)
     if logp.dim() != 1 or not logp.dtype.is_floating_point:
         raise ValueError(f"logp has shape {tuple(logp.shape)} and dtype {logp.dtype}; give floats as [T]")
     check_index("offsets", offsets, logp.device)
     if offsets.dim() != 1 or len(offsets) < 1:
         raise ValueError(f"offsets has shape {tuple(offsets.shape)}; give [S + 1]")
+    check_bounds(offsets, len(logp))
+
+
+def check_bounds(offsets: Tensor, tokens: int) -> None:
+    """Refuse bounds [S+1] that do not rise from 0 to `tokens`, where reading them costs no synchronisation."""
     if not on_host(offsets):
         return
     bounds = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != len(logp) or any(a > b for a, b in pairwise(bounds)):
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(
-            f"offsets must rise from 0 to {len(logp)} (the length of logp) and never fall; got {bounds[:8]}"
+            f"offsets must rise from 0 to {tokens} (the length of logp) and never fall; got {bounds[:8]}"
             f"{' …' if len(bounds) > 8 else ''}, ending at {bounds[-1]}"
         )
 
 
 def check_per_span(name: str, values: Tensor, offsets: Tensor) -> None:
     """Refuse a per-span tensor that is not [S] on the device of `offsets`."""
+    check_tensor(name, values)
     if values.dim() != 1 or len(values) != len(offsets) - 1:
         raise ValueError(
             f"{name} has shape {tuple(values.shape)}; offsets describes {len(offsets) - 1} spans: give [S]"
@@ -221,6 +277,8 @@ class Igsr:
     variant: str = "paper"
 
     def __post_init__(self) -> None:
+        for name in ("tau", "delta"):
+            _real(name, getattr(self, name))
         if not 0 < self.tau <= 0.5:
             raise ValueError(f"tau is {self.tau}; give a bin width in (0, 0.5]")
         if not 0 < self.delta < 1:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raise_kernels._checks import check_tensor
+
 IMPLS = ("auto", "triton", "native", "reference")
 _announced: set[str] = set()
 
@@ -27,6 +29,7 @@ def chosen_impl(x: Tensor, impl: str = "auto") -> str:
 
     Raises ValueError for an implementation that is unknown or cannot run on x's device here.
     """
+    check_tensor("x", x)
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; give one of {IMPLS}")
     kind = x.device.type

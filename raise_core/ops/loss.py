@@ -9,6 +9,9 @@ from torch import Tensor
 
 from raise_kernels import linear_loss, reference
 from raise_kernels._checks import LogitMap as LogitMap
+from raise_kernels._checks import check_bounds as check_bounds
+from raise_kernels._checks import check_linear as check_linear
+from raise_kernels._checks import check_tensor as check_tensor
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from raise_core.ops.impl import chosen_impl, kernels
 from raise_core.ops.stats import run_linear_stats, run_stats
 from raise_kernels import _span_operator, reference
-from raise_kernels._checks import Igsr, LogitMap, Scre, on_host
+from raise_kernels._checks import Igsr, LogitMap, Scre, check_tensor, check_whole, on_host
 
 if TYPE_CHECKING:
     from raise_core.spans import Spans
@@ -71,6 +71,7 @@ def scre(
     where only the device knows them, a span that leaves [0, T] is NaN.
     """
     how = Scre(eta=eta, lam=lam, first_index=first_index, normalize=normalize)
+    check_tensor("logp", logp)
     if chosen_impl(logp, impl) == "triton":
         return _span_operator.run("scre", logp, offsets, how)
     return reference.scre(logp, offsets, how)
@@ -98,6 +99,7 @@ def igsr(
     gives NaN. Raises ValueError for options out of range (tau in (0, 0.5]) and for shapes that do not fit.
     """
     how = Igsr(tau=tau, delta=delta, penalty=penalty, min_bonus=min_bonus, variant=variant)
+    check_tensor("logp", logp)
     if chosen_impl(logp, impl) == "triton":
         out: Tensor = kernels("igsr").igsr(logp, offsets, score, group, how)
         return out
@@ -142,7 +144,12 @@ def confidence_rewards(
     other options are those of `scre`, `igsr` and `token_stats`; no token of a span is ever ignored.
     """
     _check_source(logits, hidden, weight, logp)
-    source = next(x for x in (logits, hidden, logp) if x is not None)
+    if hidden is None and bias is not None:
+        raise ValueError("bias is given without hidden and weight; give all three, or no bias")
+    name, source = next(
+        (n, x) for n, x in (("logits", logits), ("hidden", hidden), ("logp", logp)) if x is not None
+    )
+    check_tensor(name, source)
     chosen = chosen_impl(source, impl)
     scre_how = Scre(eta=eta, lam=lam, first_index=first_index, normalize=normalize)
     igsr_how = Igsr(tau=tau, delta=delta, penalty=penalty, min_bonus=min_bonus, variant=variant)
@@ -195,8 +202,12 @@ def check_groups(group: Tensor, group_size: int | None) -> None:
     """Refuse groups that are not `group_size` adjacent spans each, as far as no sync is needed to see it."""
     if group_size is None:
         return
-    if group_size < 1 or len(group) % group_size:
-        raise ValueError(f"group_size is {group_size}, which does not divide the {len(group)} spans")
+    check_whole("group_size", group_size, "None for groups of any size")
+    if len(group) % group_size:
+        raise ValueError(
+            f"group_size is {group_size}, which does not divide the {len(group)} spans; leave it out, or give "
+            "the number of completions per prompt"
+        )
     if not on_host(group):
         return
     blocks = group.view(-1, group_size)

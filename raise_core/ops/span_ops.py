@@ -6,7 +6,7 @@ from torch import Tensor
 
 from raise_core.ops.impl import chosen_impl
 from raise_kernels import _span_operator, reference
-from raise_kernels._checks import Scre
+from raise_kernels._checks import Scre, check_tensor
 
 REDUCES = ("mean", "sum", "decay")
 
@@ -37,6 +37,7 @@ def span_logp(
         raise ValueError(f"reduce is {reduce!r}; give one of {REDUCES}")
     decay = Scre(eta=eta, lam=0.0, first_index=first_index, normalize=normalize)
     how = decay if reduce == "decay" else Scre(eta=0.0, lam=0.0, normalize=reduce == "mean")
+    check_tensor("logp", logp)
     if chosen_impl(logp, impl) == "triton":
         return _span_operator.run("span_logp", logp, offsets, how)
     return reference.span_logp(logp, offsets, how)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raise_core.ops.impl import chosen_impl
 from raise_kernels import _linear_operator, _operator, reference
-from raise_kernels._checks import LogitMap
+from raise_kernels._checks import LogitMap, check_tensor, check_whole
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def token_stats(
         valid_vocab=valid_vocab,
         ignore_index=ignore_index,
     )
+    check_tensor("logits", logits)
     chosen = chosen_impl(logits, impl)
     return TokenStats(**run_stats(logits, targets, rows, how, want, topk, chosen, inplace_gradient))
 
@@ -84,6 +85,7 @@ def run_stats(
     inplace_gradient: bool = False,
 ) -> dict[str, Tensor]:
     """One [T] tensor for each name in want, by a chosen implementation."""
+    check_whole("topk", topk)
     if impl == "reference":
         return reference.token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
     return _operator.token_stats(
@@ -126,9 +128,16 @@ def linear_token_stats(
         valid_vocab=valid_vocab,
         ignore_index=ignore_index,
     )
+    check_tensor("hidden", hidden)
     chosen = chosen_impl(hidden, impl)
     stats = run_linear_stats(hidden, weight, targets, bias, rows, how, want, topk, memory, chosen)
     return TokenStats(**stats)
+
+
+def check_memory(memory: int | None) -> None:
+    """Refuse bytes of scratch that are not a whole number of at least 1."""
+    if memory is not None:
+        check_whole("memory", memory, "None for the default number of bytes")
 
 
 def run_linear_stats(
@@ -144,6 +153,8 @@ def run_linear_stats(
     impl: str,
 ) -> dict[str, Tensor]:
     """One tensor for each name in want, by a chosen implementation."""
+    check_whole("topk", topk)
+    check_memory(memory)
     if impl == "reference":
         return reference.linear_token_stats(
             hidden, weight, targets, bias=bias, rows=rows, how=how, want=want, topk=topk
