@@ -57,7 +57,7 @@ INLINE float fast_tanh(float x)
     float p = 0.0217007026f + w * (-0.0081773978f + w * 0.0021429618f);
     p = -0.333333313f + w * (0.133332059f + w * (-0.0539467633f + w * p));
     float t = fast_exp(-2.0f * fabsf(x));
-    float far = copysignf((1.0f - t) / (1.0f + t), x);
+    float far = copysignf(1.0f - 2.0f * t / (1.0f + t), x); /* rounded at 1 but once */
     return w < 0.390625f ? x + x * w * p : far;
 }
 
