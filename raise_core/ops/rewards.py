@@ -100,6 +100,7 @@ def igsr(
     """
     how = Igsr(tau=tau, delta=delta, penalty=penalty, min_bonus=min_bonus, variant=variant)
     check_tensor("logp", logp)
+    check_tensor("score", score)
     if chosen_impl(logp, impl) == "triton":
         out: Tensor = kernels("igsr").igsr(logp, offsets, score, group, how)
         return out
