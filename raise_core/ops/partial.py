@@ -126,13 +126,10 @@ def merge_token_stats(parts: Sequence[PartialStats]) -> TokenStats:
     ordered = sorted(parts, key=lambda part: part.first_column)
     first = ordered[0]
     for part in ordered[1:]:
-        same = (part.fields, part.want, part.valid_vocab, part.values.shape, part.values.dtype)
-        if same != (first.fields, first.want, first.valid_vocab, first.values.shape, first.values.dtype):
+        if _asked(part) != _asked(first):
             raise ValueError(
-                f"parts differ: want {first.want} and {part.want}, topk {first.topk} and {part.topk}, "
-                f"valid_vocab {first.valid_vocab} and {part.valid_vocab}, values {first.values.dtype} "
-                f"{tuple(first.values.shape)} and {part.values.dtype} {tuple(part.values.shape)}; make all "
-                "shards' parts by one call's arguments"
+                f"parts differ in topk, valid_vocab, dtype, device, shape or statistics: {_asked(first)} and "
+                f"{_asked(part)}; make all of them by one call's arguments"
             )
     _check_columns([(part.first_column, part.columns) for part in ordered], first.valid_vocab)
     merged, _ = merge_shards([part.values.flatten(1) for part in ordered], first.fields, first.want)
@@ -228,6 +225,20 @@ def check_first(first: int) -> None:
     """Refuse a first column below 0."""
     if first < 0:
         raise ValueError(f"first_column is {first}; give the number of columns on the shards before this one")
+
+
+def _asked(part: PartialStats) -> tuple[object, ...]:
+    """What the parts of one row have in common."""
+    values = part.values
+    return (
+        part.topk,
+        part.valid_vocab,
+        values.dtype,
+        values.device,
+        tuple(values.shape[1:]),
+        part.fields,
+        part.want,
+    )
 
 
 def _check_columns(shards: Sequence[tuple[int, int]], valid_vocab: int | None) -> None:
