@@ -254,6 +254,11 @@ class _Launch(NamedTuple):
 
 
 def _prepare(hidden: Tensor, weight: Tensor, bias: Tensor | None, how: LogitMap, level: int) -> _Launch:
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f'{name} is {x.dtype}; give fp32, bf16 or fp16, or use impl="native" or "reference"'
+            )
     columns = how.columns(len(weight))
     tile = tile_for(hidden, weight, f"level {level}", how.softcap is not None)
     layout = fold_leading_axes(hidden)

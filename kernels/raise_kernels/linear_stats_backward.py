@@ -147,7 +147,7 @@ def _dlogits_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["D", "blocks"])
+@triton.jit(do_not_specialize=["blocks"])
 def _collect_kernel(
     p_in,  # [T, D] fp32
     p_out,  # [N, D] contiguous

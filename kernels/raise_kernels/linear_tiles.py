@@ -66,11 +66,17 @@ HALVES = {
         "level 0": Tile(128, 128, 32, 4, 2, 32),
         "level 1": Tile(128, 128, 32, 4, 2, 32),
         "level 2": Tile(128, 128, 64, 8, 2, 32),
+        "level 0 capped": Tile(128, 128, 64, 8, 2, 32),
+        "level 1 capped": Tile(128, 128, 64, 8, 2, 32),
         "gradient": Tile(128, 128, 64, 8, 2, 32),
     },
 }
+# Products of fp32 run on NVIDIA's ordinary units, and there hold both operands in registers as well.
 SINGLES = {
-    name: {use: Tile(64, 64, 32, 4, 2, 64) for use in ("level 0", "level 1", "level 2", "gradient")}
+    name: dict.fromkeys(
+        ("level 0", "level 1", "level 2", "gradient"),
+        Tile(64, 64, 32, 4 if name == "gfx942" else 8, 2, 64),
+    )
     for name in HALVES
 }
 

@@ -15,8 +15,8 @@ import pytest
 
 from raise_kernels import aot
 
-SOUND = aot.Report("", "", registers=80, shared=16, wide_loads=8, exponentials=140)
-STREAM = aot.Variant("stream", None, {"U": 8}, {"p_x": "*bf16"}, 4, streamed=64, logp_only=True)
+SOUND = aot.Report("", "", registers=80, shared=16, wide_loads=8, exponentials=140, products=4)
+STREAM = aot.Variant("stream", None, {"U": 8}, {}, 4, wide=8, streamed=64, product=True)
 
 
 def compiling(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,18 +43,24 @@ def test_kernels_that_would_run_badly_are_refused(tmp_path: Path) -> None:
     code = (
         "from raise_kernels import aot\n"
         "def faults(target, name, **changed):\n"
-        "    v = next(v for v in aot.variants(aot.TARGETS[target], True) if v.name == name)\n"
+        "    v = next(v for v in aot.variants(target, True) if v.name == name)\n"
         "    print(aot.inspect(v._replace(constants=v.constants | changed), target).faults)\n"
         "faults('sm_90', 'stats bf16 level 0 rows', ALIGN=1)\n"
         "faults('gfx942', 'stats bf16 level 2 rows', U=8)\n"
         "faults('sm_90', 'merge level 0', ROWS=48)\n"
+        "for target in aot.TARGETS:\n"
+        "    faults(target, 'linear bf16 level 0', BT=16, BV=32, BD=32, PIECE=32, WIDE=True)\n"
+        "faults('sm_90', 'linear bf16 level 0', PIECE=256)\n"
     )
     ran = compiling(tmp_path, "-c", code)
     assert ran.returncode == 0, ran.stderr
-    narrow, spilled, broken = ran.stdout.splitlines()
+    narrow, spilled, broken, *widened, whole = ran.stdout.splitlines()
     assert "0 128-bit loads, a tile has 8" in narrow
     assert "registers spilled" in spilled
     assert "does not compile" in broken
+    for line, instruction in zip(widened, ("HMMA", "HGMMA", "UTCHMMA", "v_mfma"), strict=True):
+        assert f"no {instruction}: the product does not run on tensor cores" in line
+    assert "registers spilled" in whole
 
 
 @pytest.mark.parametrize(
@@ -65,6 +71,7 @@ def test_kernels_that_would_run_badly_are_refused(tmp_path: Path) -> None:
         ("sm_90", {}, {"exponentials": 156}, "156 exponentials for 128 logits"),
         ("gfx942", {}, {"shared": 65_537}, "65537 bytes of shared memory, the limit is 65536"),
         ("gfx942", {"warps": 32}, {}, "32 warps exceed 1024 threads"),
+        ("sm_100", {}, {"products": 0}, "no UTCHMMA: the product does not run on tensor cores"),
     ],
 )
 def test_each_limit(target: str, variant: dict[str, int], counts: dict[str, int], fault: str) -> None:
@@ -79,18 +86,22 @@ def test_amdgcn_counts_by_hand() -> None:
     text = (
         "global_load_dwordx4 v[0:3]\nbuffer_load_dwordx4 v[4:7]\nglobal_load_dwordx2 v[8:9]\n"
         "v_exp_f32_e32 v1, v2\n"
+        "v_mfma_f32_32x32x8_bf16_1k v[0:15], v[16:17], v[18:19], v[0:15]\n"
+        "v_mfma_f32_32x32x2_f32 v[0:15], v16, v17, v[0:15]\n"
         ".sgpr_spill_count: 5\n.vgpr_count:     96\n.vgpr_spill_count: 2\n"
     )
     aot._read_amdgcn(text, report)
     assert (report.wide_loads, report.exponentials, report.registers, report.spills) == (2, 1, 96, 7)
+    assert report.products == 1
 
 
 def test_every_target_has_the_same_variants_and_no_name_twice() -> None:
-    names = [[v.name for v in aot.variants(target, False)] for target in aot.TARGETS.values()]
+    names = [[v.name for v in aot.variants(target, False)] for target in aot.TARGETS]
     assert all(n == names[0] for n in names)
     assert len(set(names[0])) == len(names[0])
     of_statistics = [n for n in names[0] if n.split()[0] in ("stats", "gradient", "merge")]
     assert len(of_statistics) <= 60
+    assert len([n for n in names[0] if n.split()[0] == "linear"]) == 30
 
 
 def test_nothing_is_compiled_under_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:

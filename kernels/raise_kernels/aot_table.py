@@ -1,0 +1,174 @@
+"""The launch table: the targets, and every kernel variant that a launcher can ask for on one of them.
+
+Of the linear path only what changes a kernel's code is a flag: dtype, level, softcap. Bias and row list are
+masks that cost a load for each row or column of a tile.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from triton.backends.compiler import GPUTarget
+
+from raise_kernels import (
+    confidence,
+    linear_stats,
+    linear_stats_backward,
+    linear_tiles,
+    scre,
+    token_stats,
+    token_stats_backward,
+    token_topk,
+)
+from raise_kernels._layout import WARPS
+
+
+class Target(NamedTuple):
+    """A GPU, what one program may use of it, and what its tensor cores' instructions are called."""
+
+    gpu: GPUTarget
+    shared_limit: int  # bytes
+    max_threads: int
+    product: str
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 166_912, 1024, "HMMA"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448, 1024, "HGMMA"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448, 1024, "UTCHMMA"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, 1024, "v_mfma"),
+}
+ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
+BITS = {"fp32": 32, "bf16": 16, "fp16": 19}
+FLAGS = (False, True)
+
+
+class Variant(NamedTuple):
+    """One specialisation of one kernel."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    types: dict[str, str]
+    warps: int
+    stages: int | None = None
+    wide: int = 0  # 128-bit loads that a thread makes of what it streams, of each of its (at most two) tiles
+    streamed: int = 0  # logits in these; counted for logp alone
+    product: bool = False  # multiplies on tensor cores
+
+
+def variants(name: str, quick: bool) -> Iterator[Variant]:
+    """The launch table of a target: every combination of dtype and flags that a launcher can ask for."""
+    dtypes = ("bf16",) if quick else tuple(ITEM)
+    yield from _of_logits(TARGETS[name], dtypes, quick)
+    yield from _of_hidden(name, dtypes, quick)
+    yield from _of_topk(dtypes)
+    yield from _of_spans(quick)
+
+
+def _of_logits(target: Target, dtypes: tuple[str, ...], quick: bool) -> Iterator[Variant]:
+    threads = WARPS * target.gpu.warp_size
+    for dtype, level, capped, rows in itertools.product(dtypes, range(3), FLAGS, FLAGS):
+        if quick and (capped or not rows):
+            continue
+        u, w = token_stats.tile(target.gpu.warp_size, capped, level, ITEM[dtype])
+        constants = dict(
+            stride_v=1, HAS_ROWS=rows, CAPPED=capped, UNIT=True, ALIGN=16 // ITEM[dtype], LEVEL=level,
+            SPLIT=token_stats.SPLIT, U=u, W=w,
+        )  # fmt: skip
+        yield Variant(
+            f"stats {dtype} level {level}{' capped' * capped}{' rows' * rows}",
+            token_stats._stats_kernel,
+            constants,
+            {"p_x": f"*{dtype}"},
+            WARPS,
+            wide=u * w // threads * ITEM[dtype] // 16,
+            streamed=u * w // threads if level == 0 and not capped else 0,
+        )
+    block = token_stats_backward.BLOCK
+    for dtype, capped, rows in itertools.product(dtypes, FLAGS, FLAGS):
+        constants = dict(
+            stride_v=1, HAS_ROWS=rows, CAPPED=capped, UNIT=True, ALIGN=16 // ITEM[dtype], BLOCK=block
+        )
+        yield Variant(
+            f"gradient {dtype}{' capped' * capped}{' rows' * rows}",
+            token_stats_backward._grad_kernel,
+            constants,
+            {"p_x": f"*{dtype}", "p_grad": f"*{dtype}"},
+            WARPS,
+            wide=block // threads * ITEM[dtype] // 16,
+        )
+    for level, rows in itertools.product(range(3), FLAGS):
+        constants = dict(HAS_ROWS=rows, LEVEL=level, ROWS=token_stats.ROWS)
+        yield Variant(f"merge level {level}{' rows' * rows}", token_stats._merge_kernel, constants, {}, 2)
+
+
+def _of_hidden(name: str, dtypes: tuple[str, ...], quick: bool) -> Iterator[Variant]:
+    lanes = TARGETS[name].gpu.warp_size
+    for dtype, use, capped in itertools.product(
+        dtypes, ("level 0", "level 1", "level 2", "gradient"), FLAGS[: 1 if quick else 2]
+    ):
+        tile = linear_tiles.choose(name, dtype != "fp32", use, capped)
+        constants = dict(w_stride_d=1, CAPPED=capped, UNIT=True, WIDE=False) | tile.constants(tile.depth)
+        kernel = linear_stats_backward._dlogits_kernel
+        if use != "gradient":
+            kernel = linear_stats._linear_kernel
+            constants |= dict(h_stride_d=1, LEVEL=int(use[-1]), ALIGN=16 // ITEM[dtype])
+        yield Variant(
+            f"linear {dtype} {use}{' capped' * capped}",
+            kernel,
+            constants,
+            {"p_h": f"*{dtype}", "p_w": f"*{dtype}", "p_dz": f"*{dtype}"},
+            tile.warps,
+            tile.stages,
+            wide=(tile.rows + tile.columns) * tile.depth * ITEM[dtype] // (16 * tile.warps * lanes),
+            product=dtype != "fp32",
+        )
+    for dtype in dtypes:
+        constants = dict(
+            h_stride_d=1, w_stride_d=1, UNIT=True, ALIGN=16 // ITEM[dtype],
+            ROWS=linear_stats.TARGET_ROWS, COLUMNS=linear_stats.TARGET_COLUMNS,
+        )  # fmt: skip
+        types = {"p_h": f"*{dtype}", "p_w": f"*{dtype}"}
+        yield Variant(f"linear {dtype} target", linear_stats._target_kernel, constants, types, 4)
+        yield Variant(
+            f"linear {dtype} collect",
+            linear_stats_backward._collect_kernel,
+            dict(BLOCK=linear_stats_backward.BLOCK),
+            {"p_out": f"*{dtype}"},
+            2,
+        )
+
+
+def _of_topk(dtypes: tuple[str, ...]) -> Iterator[Variant]:
+    warps = token_topk.WARPS
+    for dtype in dtypes:
+        constants = dict(
+            stride_v=1, UNIT=True, ALIGN=16 // ITEM[dtype], BITS=BITS[dtype], BLOCK=token_topk.BLOCK
+        )
+        types = {"p_x": f"*{dtype}"}
+        yield Variant(f"topk {dtype} select", token_topk._select_kernel, constants, types, warps)
+    for capped in FLAGS:
+        constants = dict(CAPPED=capped, KEPT=token_topk.KEPT)
+        yield Variant(f"topk finish{' capped' * capped}", token_topk._finish_kernel, constants, {}, warps)
+
+
+def _of_spans(quick: bool) -> Iterator[Variant]:
+    for normalize in FLAGS:
+        constants = dict(stride=1, NORMALIZE=normalize, SPANS=scre.SPANS)
+        yield Variant(f"scre{' normalized' * normalize}", scre._scre_kernel, constants, {}, 1)
+    sizes = (16, 64) if quick else (16, 32, 64)
+    for splits, by_id, normal, balanced, size in itertools.product(FLAGS, FLAGS, FLAGS, FLAGS, sizes):
+        if quick and normal:
+            continue
+        constants = dict(
+            FROM_SPLITS=splits, SORTED=by_id, NORMALIZE=normal, BALANCED=balanced, GROUP=size, BLOCK=256
+        )
+        source = "splits" if splits else "logp"
+        flagged = f"{' sorted' * by_id}{' balanced' * balanced}{' normalized' * normal}"
+        name = f"groups of {size} from {source}{flagged}"
+        yield Variant(name, confidence._group_kernel, constants, {}, confidence.group_warps(size))
