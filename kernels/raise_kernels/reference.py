@@ -23,6 +23,7 @@ from raise_kernels._checks import (
     Igsr,
     LogitMap,
     Scre,
+    check_candidates,
     check_index,
     check_linear,
     check_per_span,
@@ -102,6 +103,18 @@ def linear_token_stats(
     if bias is not None:
         logits = logits + wide(bias)
     return token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
+
+
+def candidate_logp(
+    logits: Tensor, candidates: Tensor, *, rows: Tensor | None = None, how: LogitMap = PLAIN
+) -> Tensor:
+    """log p of each of K candidates as `token_stats` gives it alone, in the shape of candidates [..., K]."""
+    check_candidates(candidates, logits.device)
+    check_stats(logits, candidates[..., 0], rows)
+    n = torch.arange(candidates[..., 0].numel(), device=logits.device) if rows is None else rows
+    each = n.repeat_interleave(candidates.shape[-1])
+    logp = token_stats(logits, candidates.reshape(-1), rows=each, how=how)["logp"]
+    return logp.view(candidates.shape)
 
 
 def _row_stats(

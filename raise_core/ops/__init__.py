@@ -1,5 +1,6 @@
 """Operations on tensors: the only folder of raise_core that imports raise_kernels."""
 
+from raise_core.ops.candidates import candidate_logp
 from raise_core.ops.impl import chosen_impl
 from raise_core.ops.parallel import parallel_linear_token_stats, parallel_token_stats
 from raise_core.ops.partial import (
@@ -16,6 +17,7 @@ __all__ = [
     "PartialStats",
     "Rewards",
     "TokenStats",
+    "candidate_logp",
     "check_groups",
     "chosen_impl",
     "confidence_rewards",
