@@ -1,7 +1,8 @@
 """Rewards of whole groups in one launch: tokens of every span in order, then SCRE or the rerank of IGSR.
 
 One program holds one group, a span to a lane. The log-probability of a token is read, or joined from the
-vocabulary splits of `token_stats`, so that logits become rewards in two launches. The meaning is
+vocabulary splits of `token_stats` or `linear_stats`, so that logits or hidden states become rewards in two
+launches. The meaning is
 `reference.span_rewards`; pairs of spans of a group are compared as [GROUP, GROUP] tiles.
 """
 
@@ -28,12 +29,14 @@ from raise_kernels._checks import (
     LogitMap,
     Scre,
     check_index,
+    check_linear,
     check_per_span,
     check_spans,
     check_stats,
     on_host,
 )
 from raise_kernels._tiles import add_token, finish, merge_partials, no_tokens, scre_of, settle
+from raise_kernels.linear_stats import partial_linear_stats
 from raise_kernels.token_stats import Partials, partial_stats
 
 MAX_GROUP = 64  # spans of a group: the tiles of 128 spill registers (raise_kernels.aot)
@@ -327,8 +330,16 @@ def span_rewards(
     return SpanRewards(real[0], real[1], real[2], real[3], bins, real[4], applied)
 
 
+class Linear(NamedTuple):
+    """Logits that are not stored: hidden [..., D] @ weight [V, D].T + bias [V]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
 def confidence_rewards(
-    logits: Tensor | None,
+    source: Tensor | Linear | None,
     rows: Tensor,
     targets: Tensor,
     logp: Tensor | None,
@@ -341,14 +352,29 @@ def confidence_rewards(
     scre_how: Scre = SCRE,
     igsr_how: Igsr = IGSR,
 ) -> tuple[Tensor, SpanRewards]:
-    """Log-probabilities [T] and rewards [S] from logits [..., V] in two launches, or from logp [T] in one."""
+    """Log-probabilities [T] and rewards [S]: two launches from logits [..., V] or `Linear`, one from logp.
+
+    targets, rows [T]; with logp, neither they nor the source are used.
+    """
     partials = None
     if logp is None:
-        if logits is None:
+        if source is None:
             raise ValueError("got neither logits nor logp; give one of them")
-        check_stats(logits, targets, rows)
-        logp = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-        if len(targets):
-            partials = partial_stats(logits, targets.contiguous(), rows.contiguous(), how, 0)
+        logp = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
+        partials = _first_launch(source, targets, rows, how)
     result = span_rewards(logp, offsets, score, strict, group, group_size, scre_how, igsr_how, partials)
     return logp, result
+
+
+def _first_launch(source: Tensor | Linear, targets: Tensor, rows: Tensor, how: LogitMap) -> Partials | None:
+    """Numbers of each (row, vocabulary split) of the tokens; None where there are no tokens."""
+    if isinstance(source, Linear):
+        hidden, weight, bias = source
+        check_linear(hidden, weight, bias, targets, rows)
+        if not len(targets):
+            return None
+        return partial_linear_stats(hidden, weight, bias, targets.long(), rows.long(), how, 0)
+    check_stats(source, targets, rows)
+    if not len(targets):
+        return None
+    return partial_stats(source, targets.contiguous(), rows.contiguous(), how, 0)

@@ -161,17 +161,19 @@ def confidence_rewards(
         valid_vocab=valid_vocab,
     )
     check_groups(spans.group, group_size)
-    if hidden is not None and weight is not None:
-        logp = run_linear_stats(
-            hidden, weight, spans.targets, bias, spans.rows, how, ("logp",), 20, None, chosen
-        )["logp"]
     if chosen == "triton":
-        logp, result = kernels("confidence").confidence_rewards(
-            logits, spans.rows, spans.targets, logp, spans.offsets, score, strict, spans.group,
+        confidence = kernels("confidence")
+        given = logits if hidden is None else confidence.Linear(hidden, weight, bias)
+        logp, result = confidence.confidence_rewards(
+            given, spans.rows, spans.targets, logp, spans.offsets, score, strict, spans.group,
             group_size, how, scre_how, igsr_how,
         )  # fmt: skip
     else:
-        if logp is None and logits is not None:
+        if hidden is not None and weight is not None:
+            logp = run_linear_stats(
+                hidden, weight, spans.targets, bias, spans.rows, how, ("logp",), 20, None, chosen
+            )["logp"]
+        elif logits is not None:
             logp = run_stats(logits, spans.targets, spans.rows, how, ("logp",), 20, chosen)["logp"]
         assert logp is not None
         result = reference.span_rewards(logp, spans.offsets, score, strict, spans.group, scre_how, igsr_how)
@@ -206,8 +208,8 @@ def check_groups(group: Tensor, group_size: int | None) -> None:
     check_whole("group_size", group_size, "None for groups of any size")
     if len(group) % group_size:
         raise ValueError(
-            f"group_size is {group_size}, which does not divide the {len(group)} spans; leave it out, or give "
-            "the number of completions per prompt"
+            f"group_size is {group_size}, which does not divide the {len(group)} spans; leave it out, or "
+            "give the number of completions per prompt"
         )
     if not on_host(group):
         return

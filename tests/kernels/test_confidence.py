@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raise_kernels import confidence, reference, token_stats
+from raise_kernels import _linear_operator, confidence, reference, token_stats
 from raise_kernels._checks import IGSR, PLAIN, SCRE, LogitMap
 from tests.budget import assert_exact, assert_within_error_budget
 from tests.kernels.spans import Case, cases
@@ -112,6 +112,36 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Counter]:
 
         monkeypatch.setattr(kernel, "run", counted)
     yield count
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_two_launches_from_hidden_states(counter: _Counter, group_size: int | None) -> None:
+    """The same rewards as from the log-probabilities that `linear_token_stats` gives alone."""
+    case = groups_of(4)
+    count = len(case.logp)
+    hidden, weight, bias = torch.randn(count + 1, 16), torch.randn(700, 16), torch.randn(700)
+    hidden[count] = float("nan")
+    rows, y = torch.randperm(count), torch.randint(0, 600, (count,), dtype=torch.int32)
+    how = LogitMap(temperature=0.5, softcap=7.0, valid_vocab=600)
+    source = confidence.Linear(hidden, weight, bias)
+    logp, got = confidence.confidence_rewards(source, rows, y, None, *case[1:], group_size, how)
+    assert counter.launches == 2
+    alone = _linear_operator.linear_token_stats(
+        "triton", hidden, weight, y, bias=bias, rows=rows, how=how, want=("logp",)
+    )["logp"]
+    assert_exact(logp, alone, name="the same bits as linear_token_stats")
+    compare(got, logp, case)
+
+
+def test_from_hidden_states_of_no_tokens() -> None:
+    none, zero = torch.zeros(0, dtype=torch.long), torch.zeros(2)
+    source = confidence.Linear(torch.randn(3, 16), torch.randn(20, 16))
+    offsets, group = torch.tensor([0, 0, 0]), torch.tensor([1, 1])
+    logp, got = confidence.confidence_rewards(source, none, none, None, offsets, zero, zero > 0, group)
+    assert logp.shape == (0,) and got.reward.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="hidden has shape"):
+        wrong = source._replace(weight=torch.randn(20, 15))
+        confidence.confidence_rewards(wrong, none, none, None, offsets, zero, zero > 0, group)
 
 
 @pytest.mark.parametrize("group_size", [None, 4])

@@ -9,7 +9,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raise_core import ops
-from raise_kernels import _operator, confidence, native, token_stats, token_stats_backward, token_topk
+from raise_kernels import (
+    _operator,
+    confidence,
+    linear_stats,
+    native,
+    token_stats,
+    token_stats_backward,
+    token_topk,
+)
 from raise_kernels._checks import DIFFERENTIABLE
 from tests.budget import assert_exact
 
@@ -71,7 +79,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for kernel in {type(token_stats._stats_kernel), type(confidence._group_kernel)}:
         monkeypatch.setattr(kernel, "run", lambda self, *_, **__: seen.append(self.fn.__name__))
-    for module in (token_stats, token_stats_backward, token_topk):
+    for module in (token_stats, token_stats_backward, token_topk, linear_stats):
         monkeypatch.setattr(module, "alignment", lambda *_: 1)  # a fake tensor has no address
     return seen
 
@@ -79,8 +87,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("group_size", [None, 2])
 @pytest.mark.parametrize(
     ("source", "before"),
-    # From hidden states the operator stands for its two launches, which a test of their own follows.
-    [("logits", ["_stats_kernel"]), ("logp", []), ("hidden", [])],
+    [("logits", ["_stats_kernel"]), ("logp", []), ("hidden", ["_linear_kernel"])],
 )
 def test_rewards_read_nothing_back_from_the_device(
     launches: list[str], group_size: int | None, source: str, before: list[str]
