@@ -99,6 +99,11 @@ def no_better_than(peer: Tensor, oracle: Tensor, floor: Tensor | float) -> Tenso
     return less_exact((oracle + floor).to(peer.dtype), peer, oracle)
 
 
+def sum_slack(terms: int) -> float:
+    """The most that fp32 can lose in a sum of so many numbers that add up to about 1, in any order."""
+    return terms * half_ulp(torch.float32)
+
+
 def undecided(value: Tensor, threshold: Tensor | float, roundings: int = 8) -> Tensor:
     """Where fp32 arithmetic on numbers of size 1 may land on either side of a threshold.
 

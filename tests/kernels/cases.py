@@ -34,12 +34,13 @@ def permuted_peers(
     """fp32 PyTorch on the same numbers, several ways: of each element the least exact result.
 
     The error of a single run can be small by luck. The ways differ in the order of the columns and in how
-    the temperature is applied. And every statistic goes through a sum of exponentials that is at least 1 and
-    through a z, each rounded at least once, so no result is expected to be better than that.
+    the temperature is applied. And every statistic goes through a sum of exponentials that is at least 1,
+    through a z and through values of its own size, each rounded at least once: no result is expected to be
+    better than that. (Of equal logits every order gives the same, so that all peers may have luck.)
     """
     columns = how.columns(logits.shape[-1])
-    floor = half_ulp(torch.float32) * (1 + size_of_z(logits, how))
-    worst = {name: (value + floor).float() for name, value in oracle.items()}
+    size = 1 + size_of_z(logits, how)
+    worst = {name: (v + half_ulp(torch.float32) * (size + v.abs())).float() for name, v in oracle.items()}
     for k in range(3):
         order = torch.arange(columns) if k == 0 else torch.randperm(columns)
         place = torch.empty_like(order)

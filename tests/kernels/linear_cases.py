@@ -1,6 +1,6 @@
 """Random rows of hidden states, and what plain PyTorch makes of them: the oracle in fp64, its peers in fp32.
 
-A chain is written token by token, [T, V]: logits, the objective, dz = d objective / d logits, two products.
+A chain is written token by token, [T, V]: logits, statistics, dz = d objective / d logits, two products.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def stats_of(
     exact = by_token(case, torch.float64)
     how = folded(case.how, 0)
     oracle = reference.token_stats(exact.logits(), exact.y, how=how, want=want, topk=topk)
-    floor = ONE * (1 + exact.size() * how.factors[0] * how.factors[1])
-    worst = {name: (value + floor).float() for name, value in oracle.items()}
+    size = 1 + exact.size() * how.factors[0] * how.factors[1]
+    worst = {name: (value + ONE * (size + value.abs())).float() for name, value in oracle.items()}
     for k in range(3):
         logits = by_token(case, torch.float32, k).logits()
         peer = reference.token_stats(logits, exact.y, how=folded(case.how, k), want=want, topk=topk)
