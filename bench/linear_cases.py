@@ -260,14 +260,6 @@ def liger(x: Hidden) -> Tensor:
     return peers.liger_grpo(x.hidden, x.weight, x.targets, x.logp_old, x.advantage)
 
 
-def torch_forward(x: Hidden) -> Call:
-    def call() -> Outputs:
-        with torch.no_grad():
-            return {"nll": torch_sum(x)}
-
-    return call
-
-
 def _others(of: Callable[[LogpOf], Callable[[Hidden], Call]]) -> list[Impl]:
     """What gives per-token values; of(logp from hidden states) is the call."""
     return [
@@ -282,7 +274,6 @@ def _cce(of: Callable[[LogpOf], Callable[[Hidden], Call]]) -> Impl:
 
 
 def cases(n: int, d: int, v: int, device: str, dtypes: tuple[torch.dtype, ...]) -> list[Case]:
-    nll = "sum of NLL only"
     table: list[tuple[str, list[Impl], str, int]] = [
         (
             "linear forward",
@@ -292,7 +283,6 @@ def cases(n: int, d: int, v: int, device: str, dtypes: tuple[torch.dtype, ...]) 
                 Impl("raise-core", "ours", forward(our_logp)),
                 *_others(forward),
                 _cce(forward),
-                Impl("F.linear_cross_entropy", "peer", torch_forward, note=nll),
             ],
             "GEMM",
             1,
@@ -304,7 +294,10 @@ def cases(n: int, d: int, v: int, device: str, dtypes: tuple[torch.dtype, ...]) 
                 Impl("raise-core", "ours", both(weighted(our_logp))),
                 *_others(lambda logp_of: both(weighted(logp_of))),
                 _cce(lambda logp_of: both(weighted(logp_of))),
-                Impl("F.linear_cross_entropy", "peer", both(whole(torch_sum, "nll"), exact=False), note=nll),
+                Impl(
+                    "F.linear_cross_entropy", "peer", both(whole(torch_sum, "nll"), exact=False),
+                    note="sum of NLL only",
+                ),
             ],
             "4 GEMMs",
             4,
