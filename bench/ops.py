@@ -59,7 +59,7 @@ def run(
         "device_kind": machine.kind,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "packages": {name: installed(name) for name in PACKAGES},
-        "compiled": machine.kind == "cpu" and library() is not None,
+        "compiled": machine.kind == "cpu" and library("token_stats") is not None,
         "quick": quick,
     }
     made: list[dict[str, Any]] = []

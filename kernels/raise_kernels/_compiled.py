@@ -1,6 +1,6 @@
-"""The C sources of csrc/ as one shared library, compiled on the user's machine when it has a C compiler.
+"""The C sources of csrc/, each a shared library, compiled on the user's machine when it has a C compiler.
 
-    cc -O3 -march=native -fPIC ... csrc/*.c     ->  ~/.cache/raise_kernels/<key>.so
+    cc -O3 -march=native -fPIC -shared ... csrc/<name>.c     ->  ~/.cache/raise_kernels/<name>-<key>.so
 
 The key covers sources, compiler, flags and processor, so that a change of any of them compiles anew. Without
 a compiler, with RAISE_COMPILED=0, or where compiling fails (with one warning), there is no library, and the
@@ -32,26 +32,26 @@ TUNING: tuple[tuple[str, ...], ...] = (("-march=native",), ())
 SECONDS = 120.0  # one compilation may take this long
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled library, or None where the PyTorch code is to run. Compiles at the first call.
+def library(name: str) -> ctypes.CDLL | None:
+    """The library of csrc/<name>.c, or None where the PyTorch code is to run. Compiles at the first call.
 
     Found in $CC, or as cc, gcc or clang. None: no compiler, RAISE_COMPILED=0 (read at every call), or a
     compilation that failed, which is announced by one RuntimeWarning a process.
     """
-    return None if os.environ.get(SWITCH) == "0" else _loaded()
+    return None if os.environ.get(SWITCH) == "0" else _loaded(name)
 
 
 @functools.cache
-def _loaded() -> ctypes.CDLL | None:
+def _loaded(name: str) -> ctypes.CDLL | None:
     compiler = find_compiler()
     if compiler is None:
         return None
     try:
-        return load(compiler, cache_folder())
+        return load(compiler, cache_folder(), name)
     except (OSError, subprocess.SubprocessError) as error:
         message = error.stderr.strip()[-2000:] if isinstance(error, subprocess.CalledProcessError) else error
     warnings.warn(
-        f"raise_kernels could not compile its C code with {shlex.join(compiler)} and runs slower "
+        f"raise_kernels could not compile {name}.c with {shlex.join(compiler)} and runs slower "
         f"PyTorch code on the CPU; set CC to another compiler, or {SWITCH}=0 to accept that: {message}",
         RuntimeWarning,
         stacklevel=3,
@@ -91,29 +91,29 @@ def cache_folder() -> Path | None:
     return folder
 
 
-def load(compiler: Sequence[str], folder: Path | None) -> ctypes.CDLL:
-    """Load the library from the cache folder, compiled before if it is not there; None: from nowhere.
+def load(compiler: Sequence[str], folder: Path | None, name: str) -> ctypes.CDLL:
+    """Load a library from the cache folder, compiled before if it is not there; None: from nowhere.
 
     Raises OSError or subprocess.SubprocessError where that fails.
     """
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="raise_kernels-") as private:
-            return ctypes.CDLL(str(_build(compiler, Path(private), "library")))
-    key = _key(compiler)
+            return ctypes.CDLL(str(_build(compiler, Path(private), name, name)))
+    key = _key(compiler, name)
     kept = folder / f"{key}.so"
     if not kept.exists():
-        _build(compiler, folder, key)
+        _build(compiler, folder, name, key)
     return ctypes.CDLL(str(kept))
 
 
-def _key(compiler: Sequence[str]) -> str:
+def _key(compiler: Sequence[str], name: str) -> str:
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, check=True, timeout=SECONDS
     ).stdout
     digest = hashlib.sha256(repr((compiler, version, FLAGS, TUNING, _processor())).encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in [SOURCES / f"{name}.c", *sorted(SOURCES.glob("*.h"))]:
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    return digest.hexdigest()[:32]
+    return f"{name}-{digest.hexdigest()[:32]}"
 
 
 def _processor() -> str:
@@ -126,39 +126,15 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(known)}))
 
 
-def _build(compiler: Sequence[str], folder: Path, name: str) -> Path:
+def _build(compiler: Sequence[str], folder: Path, name: str, key: str) -> Path:
     """Compile into the folder under another name first, so that no process loads half a file."""
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder) as private:
-        for tuning in TUNING:
-            commands = [
-                [*compiler, *FLAGS, *tuning, "-c", str(source), "-o", f"{private}/{source.stem}.o"]
-                for source in sorted(SOURCES.glob("*.c"))
-            ]
-            failed = _run(commands)
-            if failed is None:
+        draft = f"{private}/{key}.so"
+        for last, tuning in enumerate(TUNING, 1 - len(TUNING)):
+            command = [*compiler, *FLAGS, *tuning, "-shared", "-o", draft, str(SOURCES / f"{name}.c"), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+            if done.returncode == 0:
                 break
-        if failed is not None:
-            raise failed
-        objects = [command[-1] for command in commands]
-        draft = f"{private}/{name}.so"
-        failed = _run([[*compiler, "-shared", "-pthread", "-o", draft, *objects, "-lm"]])
-        if failed is not None:
-            raise failed
-        return Path(draft).replace(folder / f"{name}.so")
-
-
-def _run(commands: Sequence[Sequence[str]]) -> subprocess.CalledProcessError | None:
-    """Run all the commands at once; the first failure, or None."""
-    running = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands
-    ]
-    try:
-        said = [process.communicate(timeout=SECONDS)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    for command, process, output in zip(commands, running, said, strict=True):
-        if process.returncode:
-            return subprocess.CalledProcessError(process.returncode, command, stderr=output)
-    return None
+            if last == 0:
+                done.check_returncode()
+        return Path(draft).replace(folder / f"{key}.so")

@@ -60,7 +60,7 @@ def kind(a: Tensor, *, invariant: bool = False) -> str:
     plain = "widened" if a.dtype in (torch.bfloat16, torch.float16) else "torch"
     if a.device.type != "cpu" or a.dtype not in KINDS or (a.dtype == torch.float32 and not invariant):
         return plain
-    library = _compiled.library()
+    library = _compiled.library("gemm")
     level = 0 if library is None else library.raise_gemm_level()
     return plain if level == 0 else "avx512_bf16" if level == 2 and a.dtype == torch.bfloat16 else "avx512"
 
@@ -86,7 +86,7 @@ def _adjacent(out: Tensor, axis: int) -> bool:
 
 def _compiled_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """The C kernel, on out with adjacent columns."""
-    library = _compiled.library()
+    library = _compiled.library("gemm")
     assert library is not None, "the caller asked `kind`"
     (rows, depth), columns = a.shape, b.shape[1]
     threads = 1 if rows * columns * depth < ALONE else torch.get_num_threads()

@@ -58,7 +58,7 @@ def library_for(logits: Tensor) -> ctypes.CDLL | None:
     """The compiled library where it takes these logits [..., V]: fp32, bf16 or fp16, adjacent columns."""
     if logits.dtype not in DTYPES or logits.is_neg() or (logits.stride(-1) != 1 and logits.shape[-1] > 1):
         return None
-    return _compiled.library()
+    return _compiled.library("token_stats")
 
 
 class _Call:

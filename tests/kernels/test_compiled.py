@@ -26,7 +26,7 @@ PATTERNS = torch.arange(-(2**15), 2**15).to(torch.int16)  # every 16-bit float, 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(_compiled.SWITCH, raising=False)
-    if _compiled.library() is None:
+    if _compiled.library("token_stats") is None:
         pytest.skip("no C compiler here")
 
 
@@ -212,7 +212,7 @@ def test_without_a_compiler_nothing_is_said(fresh: None, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv(_compiled.SWITCH, raising=False)
-    assert _compiled.library() is None
+    assert _compiled.library("token_stats") is None
 
 
 def test_a_named_compiler_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,29 +238,29 @@ def test_compiled_once_loaded_from_then_on(
     sources, cache = tmp_path / "sources", tmp_path / "cache"
     for folder in (sources, cache):
         folder.mkdir()
-    (sources / "one.c").write_text("int one(void) { return 1; }\n")
-    (sources / "two.c").write_text("int two(void) { return 2; }\n")
+    (sources / "one.h").write_text("#define ONE 1\n")
+    (sources / "one.c").write_text('#include "one.h"\nint one(void) { return ONE; }\n')
     monkeypatch.setattr(_compiled, "SOURCES", sources)
     loaded = []
 
     def load() -> None:
-        loaded.append(_compiled.load(compiler, cache))
+        loaded.append(_compiled.load(compiler, cache, "one"))
 
     both = [threading.Thread(target=load) for _ in range(2)]  # as two processes would
     for thread in both:
         thread.start()
     for thread in both:
         thread.join()
-    assert [(found.one(), found.two()) for found in loaded] == [(1, 2), (1, 2)]
+    assert [found.one() for found in loaded] == [1, 1]
     (kept,) = cache.iterdir()
     build = _compiled._build
     monkeypatch.setattr(_compiled, "_build", None)
-    assert _compiled.load(compiler, cache)._name == str(kept)
+    assert _compiled.load(compiler, cache, "one")._name == str(kept)
     monkeypatch.setattr(_compiled, "_build", build)
-    (sources / "two.c").write_text("int two(void) { return 3; }\n")
-    assert _compiled.load(compiler, cache).two() == 3
+    (sources / "one.h").write_text("#define ONE 3\n")
+    assert _compiled.load(compiler, cache, "one").one() == 3
     monkeypatch.setattr(_compiled, "FLAGS", (*_compiled.FLAGS, "-g"))
-    _compiled.load(compiler, cache)
+    _compiled.load(compiler, cache, "one")
     assert len(list(cache.iterdir())) == 3
 
 
@@ -269,8 +269,8 @@ def test_a_compiler_that_does_not_know_its_processor(compiled: None, monkeypatch
     compiler = _compiled.find_compiler()
     assert compiler is not None
     monkeypatch.setattr(_compiled, "TUNING", (("-march=no-such-processor",), ()))
-    plain = _compiled.load(compiler, None)
-    monkeypatch.setattr(_compiled, "library", lambda: plain)
+    plain = _compiled.load(compiler, None, "token_stats")
+    monkeypatch.setattr(_compiled, "library", lambda _: plain)
     for dtype in DTYPES:
         stats.test_within_budget("native", dtype, 2500)
         gradients.test_each_output_alone_and_together("native", dtype, DIFFERENTIABLE)

@@ -28,7 +28,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL | None]:
     """The library of this machine, and one compiled for a processor without the bf16 instruction."""
-    whole, compiler = _compiled.library(), _compiled.find_compiler()
+    whole, compiler = _compiled.library("gemm"), _compiled.find_compiler()
     if whole is None or compiler is None:
         return {"torch": None}
     level = whole.raise_gemm_level()
@@ -42,7 +42,7 @@ def without_bf16(compiler: list[str], folder: Path) -> ctypes.CDLL:
         shutil.copy(_compiled.SOURCES / name, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_compiled, "SOURCES", folder)
-        return _compiled.load([*compiler, "-mno-avx512bf16"], None)
+        return _compiled.load([*compiler, "-mno-avx512bf16"], None, "gemm")
 
 
 @pytest.fixture(params=WAYS)
@@ -51,7 +51,7 @@ def way(
 ) -> str:
     if request.param not in libraries:
         pytest.skip(f"no {request.param} on this machine")
-    monkeypatch.setattr(_compiled, "library", lambda: libraries[request.param])
+    monkeypatch.setattr(_compiled, "library", lambda _: libraries[request.param])
     return str(request.param)
 
 
@@ -116,7 +116,7 @@ def test_any_shape_and_strides(
     out.copy_(before if accumulate else torch.full((m, n), NAN))
     kept = a.clone(), b.clone()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_compiled, "library", lambda: libraries[name])
+        patch.setattr(_compiled, "library", lambda _: libraries[name])
         assert _gemm.matmul(a, b, out=out, accumulate=accumulate, invariant=True) is out
     start = before if accumulate else torch.zeros(m, n)
     oracle = start.double() + a.double() @ b.double()
@@ -140,7 +140,7 @@ def test_more_than_one_tile_and_block(way: str, dtype: torch.dtype, m: int, n: i
 
 def test_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the library: operands that are widened in several pieces along every axis."""
-    monkeypatch.setattr(_compiled, "library", lambda: None)
+    monkeypatch.setattr(_compiled, "library", lambda _: None)
     monkeypatch.setattr(_gemm, "PIECE", 12)
     monkeypatch.setattr(_gemm, "DEPTH", 4)
     for accumulate in (False, True):

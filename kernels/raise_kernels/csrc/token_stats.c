@@ -7,12 +7,11 @@
  *     m = max z   s0 = sum e   s1 = sum e*d   m2 = sum e*(d - s1/s0)^2   sd = sum d   n = columns with z > -inf
  *
  * with d = z - m and e = exp(d). The Python side is raise_kernels/native_compiled.py, which mirrors `Job`. */
-#include <pthread.h>
 
+#include "threads.h"
 #include "vector_math.h"
 
 #define BLOCK 2048 /* columns; three such blocks of floats leave room in a 32 KiB cache */
-#define MOST_THREADS 256
 
 enum { FP32, BF16, FP16 };
 enum { LOGP, LSE, ENTROPY, SELF_CERTAINTY, MAX_LOGP, VARENTROPY, RANK, TOP, COUNT, FIELDS };
@@ -333,7 +332,7 @@ static void differentiate(const Job *job, int64_t n)
     memset(into + written * item, 0, (job->all_columns - written) * item);
 }
 
-static void *take_tokens(void *shared)
+static void take_tokens(void *shared)
 {
     Job *job = shared;
     for (;;) {
@@ -341,11 +340,11 @@ static void *take_tokens(void *shared)
         for (int64_t t = from; t < from + job->grain && t < job->units; t++)
             score(job, t);
         if (from + job->grain >= job->units)
-            return NULL;
+            return;
     }
 }
 
-static void *take_rows(void *shared)
+static void take_rows(void *shared)
 {
     Job *job = shared;
     for (;;) {
@@ -353,25 +352,13 @@ static void *take_rows(void *shared)
         for (int64_t n = from; n < from + job->grain && n < job->units; n++)
             differentiate(job, n);
         if (from + job->grain >= job->units)
-            return NULL;
+            return;
     }
-}
-
-/* The calling thread works too; where the system grants fewer threads, fewer do. */
-static void run(Job *job, void *(*work)(void *), int64_t threads)
-{
-    pthread_t helper[MOST_THREADS];
-    int64_t started = 0, most = threads - 1 < MOST_THREADS ? threads - 1 : MOST_THREADS;
-    while (started < most && pthread_create(&helper[started], NULL, work, job) == 0)
-        started++;
-    work(job);
-    while (started > 0)
-        pthread_join(helper[--started], NULL);
 }
 
 void raise_token_stats(Job *job, int64_t threads)
 {
-    run(job, take_tokens, threads);
+    run_on_threads(take_tokens, job, threads);
 }
 
 void raise_token_stats_backward(Job *job, int64_t threads)
@@ -387,7 +374,7 @@ void raise_token_stats_backward(Job *job, int64_t threads)
         job->next[t] = job->first[n];
         job->first[n] = t;
     }
-    run(job, take_rows, threads);
+    run_on_threads(take_rows, job, threads);
 }
 
 _Static_assert(sizeof(float) == 4 && sizeof(void *) == 8, "fp32 floats and 64-bit addresses");
