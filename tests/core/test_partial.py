@@ -1,4 +1,4 @@
-"""Statistics of vocabulary shards on one machine: what a shard gives, how they are joined, what is refused."""
+"""Statistics of vocabulary shards on one machine: what a shard gives, how they are joined and refused."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from raise_kernels.parallel import (
     shard_gradient,
     shard_values,
 )
-from tests.budget import assert_exact, assert_within_error_budget, half_ulp, less_exact
+from tests.budget import assert_exact, assert_within_error_budget, half_ulp, less_exact, no_better_than
 from tests.kernels.cases import IGNORED, folded, gradient, permuted_peers, rows_of_logits
 
 INF, NAN = float("inf"), float("nan")
@@ -77,10 +78,13 @@ def test_any_cut_gives_the_whole_row(
     assert_exact(scored, (y != IGNORED).reshape(-1), name="scored")
     oracle = reference.token_stats(x.double(), y, how=how, want=STATS, topk=TOPK)
     peer = permuted_peers(x, y, oracle, how, want=STATS, topk=TOPK)
+    # A part gives the logarithm of its sum of exponentials, and of its columns, in fp32.
+    rounded = half_ulp(torch.float32) * (1 + math.log(x.shape[-1]))
     for name in STATS:
+        floored = no_better_than(peer[name], oracle[name], rounded)
         assert merged[name].dtype == (torch.float64 if engine == "definition" else torch.float32)
         actual = merged[name].view(y.shape).float()
-        assert_within_error_budget(actual, oracle[name], peer[name], name=f"{engine} {name}")
+        assert_within_error_budget(actual, oracle[name], floored, name=f"{engine} {name}")
 
 
 @every_engine
