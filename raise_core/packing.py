@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 from raise_core.tree_attention import Layout
 
@@ -57,13 +58,27 @@ class Pack:
 class Tree:
     """One prompt of `length` tokens and its branches; `index` is the prompt's place in the call.
 
-    Only what predicts a wanted token is ever fed: see `used`.
+    Only what predicts a wanted token is ever fed: see `used`. What follows a branch must come right after
+    it, before the prompt's next branch; else ValueError.
     """
 
     def __init__(self, index: int, length: int, branches: Sequence[Branch]) -> None:
+        for i, branch in enumerate(branches):
+            if not -1 <= branch.parent < i or self._top(branches, branch.parent) not in (
+                -1,
+                self._top(branches, i - 1),
+            ):
+                raise ValueError(f"branches[{i}]: got parent {branch.parent}, wanted depth-first order")
         self.index = index
         self.length = length
         self.branches = branches
+
+    @staticmethod
+    def _top(branches: Sequence[Branch], branch: int) -> int:
+        """The branch right after the prompt that this one belongs to; -1 for the prompt."""
+        while branch >= 0 and branches[branch].parent >= 0:
+            branch = branches[branch].parent
+        return branch
 
     @cached_property
     def used(self) -> list[int]:
@@ -98,11 +113,9 @@ class Tree:
 
     def limbs(self) -> Iterator[tuple[list[int], int]]:
         """Branches that must stay together (one after the prompt and all that follow it), tokens fed."""
-        root = list[int]()
-        for i, branch in enumerate(self.branches):
-            root.append(i if branch.parent < 0 else root[branch.parent])
-        for top in dict.fromkeys(root):
-            members = [i for i, r in enumerate(root) if r == top]
+        tops = [self._top(self.branches, i) for i in range(len(self.branches))]
+        for _, run in groupby(range(len(tops)), key=tops.__getitem__):
+            members = list(run)
             if any(self.branches[i].stop > self.branches[i].start for i in members):
                 yield members, sum(self.used[i] for i in members)
 

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raise_core.backbone import Backbone, Head, VisionFeatures
-from raise_core.group_forward import Call, wanted_rows
+from raise_core.backbone import Head, VisionFeatures
 from raise_core.ops import Rewards, TokenStats, confidence_rewards, linear_token_stats
-from raise_core.packing import Branch, Tree, choose
+from raise_core.packing import Branch
 from raise_core.pieces import TokenizerLike
-from raise_core.prompts import IMAGE, VIDEO, Prompt, read_prompts
-from raise_core.scorer_check import group_fault, head_fault
+from raise_core.scorer_engine import Engine
 from raise_core.scorer_inputs import (
     Completions,
     check_completions,
@@ -24,17 +22,10 @@ from raise_core.scorer_inputs import (
     skipped,
     split_stats,
     trees,
+    whole,
 )
 from raise_core.spans import Found, find_answer_spans
 from raise_core.tags import ANSWER_CLOSE, ANSWER_OPEN
-
-PACKINGS = ("auto", "packed", "suffix", "plain")
-_KINDS = {
-    (False, False): "text alone",
-    (True, False): "images",
-    (False, True): "videos",
-    (True, True): "images and videos",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,23 +90,16 @@ class Scorer:
         self_check: bool = True,
         impl: str = "auto",
     ) -> None:
-        if packing not in PACKINGS:
-            raise ValueError(f"packing: got {packing!r}, wanted one of {PACKINGS}")
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens: got {max_tokens}, wanted 1 or more tokens in a pass")
-        self.packing, self.max_tokens, self.impl = packing, max_tokens, impl
-        self._backbone = Backbone(model)
-        self._unchecked = {"head", *_KINDS.values()} if self_check else set[str]()
-        self._distrusted: str | None = None
-        self._announced = set[str]()
+        self._engine = Engine(model, packing, max_tokens, self_check)
+        self.impl = impl
 
     def head(self) -> Head:
         """The model's language head: `**scorer.head().options()` goes into `linear_policy_loss`."""
-        return self._backbone.head()
+        return self._engine.backbone.head()
 
     def vision_features(self, prompts: Sequence[Mapping[str, Any]]) -> list[VisionFeatures | None]:
         """The vision tower's output for each prompt, None without media; shared pixels are encoded once."""
-        return self._backbone.vision_features(read_prompts(prompts, self._backbone.media))
+        return self._engine.backbone.vision_features(self._engine.read(prompts))
 
     def completion_rows(
         self,
@@ -129,7 +113,7 @@ class Scorer:
         Splitting a step by prompts leaves the sum of its gradients as it is.
         """
         groups = check_completions(prompts, completions)
-        branches = [[Branch(ids, 0, len(ids)) for ids in group] for group in groups]
+        branches = whole(groups)
         hidden = self._hidden(prompts, branches, features)
         flat = [ids for group in groups for ids in group]
         lengths = torch.tensor([0, *(len(ids) for ids in flat)])
@@ -232,8 +216,11 @@ class Scorer:
         before = [[[]] for _ in answers] if after is None else check_completions(prompts, after, "after")
         branches = list[list[Branch]]()
         for texts, options in zip(before, answers, strict=True):
-            tree = [Branch(ids, 0, 0) for ids in texts]
-            tree += [Branch(ids, 0, len(ids), i) for i in range(len(texts)) for ids in options]
+            tree = list[Branch]()
+            for text in texts:
+                trunk = len(tree)
+                tree.append(Branch(text, 0, 0))
+                tree += [Branch(ids, 0, len(ids), trunk) for ids in options]
             branches.append(tree)
         hidden = self._hidden(prompts, branches, features)
         flat = [b.ids for tree in branches for b in tree if b.parent >= 0]
@@ -283,39 +270,8 @@ class Scorer:
 
     def plan(self, prompts: Sequence[Mapping[str, Any]], completions: Completions) -> list[str]:
         """How each prompt would be run: "packed", "suffix" or "plain"."""
-        groups = check_completions(prompts, completions)
-        read = read_prompts(prompts, self._backbone.media)
-        branches = [[Branch(ids, 0, len(ids)) for ids in group] for group in groups]
-        return [self._mode(t) for t in trees(read, branches)]
-
-    def _mode(self, tree: Tree) -> str:
-        """How to run one prompt; announces a plain path that was not asked for."""
-        if self.packing == "plain":
-            return "plain"
-        why, window = self._distrusted or self._backbone.why_plain, self._backbone.window
-        if why is None and window is not None and tree.longest > window:
-            why = f"{tree.longest} tokens are more than the model's sliding window of {window}"
-        if why is not None:
-            if self.packing != "auto" and self._distrusted is None:
-                raise ValueError(f'packing: got {self.packing!r}, but {why}; use "auto" or "plain"')
-            self._announce(why)
-            return "plain"
-        cacheable = self._backbone.cacheable
-        if self.packing == "suffix" and not cacheable:
-            raise ValueError(
-                'packing: got "suffix" under gradient checkpointing, where transformers keeps no keys; '
-                'wanted "packed" or "auto"'
-            )
-        if self.packing != "auto":
-            return self.packing
-        dense = self._backbone.attention != "sdpa"
-        return choose(tree, self.max_tokens, dense=dense, cacheable=cacheable, width=self._backbone.width)
-
-    def _announce(self, why: str) -> None:
-        kind = "window" if "sliding window" in why else why
-        if kind not in self._announced:
-            self._announced.add(kind)
-            warnings.warn(f"raise_core.Scorer runs each completion by itself: {why}", stacklevel=4)
+        branches = whole(check_completions(prompts, completions))
+        return self._engine.modes(trees(self._engine.read(prompts), branches))
 
     def _hidden(
         self,
@@ -324,69 +280,8 @@ class Scorer:
         features: Sequence[VisionFeatures | None] | None,
     ) -> Tensor:
         """Hidden states [T, D] of everything wanted, by prompt, by branch."""
-        read = read_prompts(prompts, self._backbone.media)
-        found = trees(read, branches)
-        modes = [self._mode(t) for t in found]
-        call = self._call(read, found, modes, features)
-        if self._unchecked:
-            modes = self._check(call, found, modes)
-        return wanted_rows(call, found, modes)
-
-    def _call(
-        self,
-        prompts: list[Prompt],
-        planned: Sequence[Tree],
-        modes: Sequence[str],
-        features: Sequence[VisionFeatures | None] | None,
-    ) -> Call:
-        """Positions of every prompt; features of those that are run in pieces."""
-        if features is not None and len(features) != len(prompts):
-            raise ValueError(f"features: got {len(features)}, wanted one for each of {len(prompts)} prompts")
-        merged = [t.index for t, m in zip(planned, modes, strict=True) if t.wanted and self._merged(t, m)]
-        if features is None:
-            got = dict(zip(merged, self._backbone.vision_features([prompts[i] for i in merged]), strict=True))
-            features = [got.get(i) for i in range(len(prompts))]
-        positions = {
-            t.index: self._backbone.positions(prompts[t.index], t.longest)
-            for t in planned
-            if t.wanted and (self._backbone.why_plain is None or self._backbone.family)
-        }
-        return Call(self._backbone, prompts, features, positions, self.max_tokens)
-
-    def _merged(self, tree: Tree, mode: str) -> bool:
-        """Whether the media are put into the embeddings here, not by the model's own forward pass."""
-        if not self._backbone.family:
-            return False
-        kinds = self._backbone.media.kinds
-        ids = torch.tensor([i for b in tree.branches for i in b.ids], dtype=torch.long)
-        return mode != "plain" or bool(kinds(ids).any())
-
-    def _check(self, call: Call, planned: Sequence[Tree], modes: list[str]) -> list[str]:
-        """The modes, all "plain" when the first group of a kind does not agree with its plain pass."""
-        if "head" in self._unchecked:
-            fault = head_fault(self._backbone)
-            if fault is not None:
-                raise ValueError(
-                    f"model: {fault}; wanted a head that is a linear layer with a cap and a scale"
-                )
-            self._unchecked.discard("head")
-        for tree, mode in zip(planned, modes, strict=True):
-            prompt = call.prompts[tree.index]
-            kind = _KINDS[prompt.has(IMAGE), prompt.has(VIDEO)]
-            if mode == "plain" or kind not in self._unchecked or len(list(tree.limbs())) < 2:
-                continue
-            self._unchecked.discard(kind)
-            fault = group_fault(call, tree, mode)
-            if fault is not None:
-                self._distrusted = f"a packed group with {kind} disagrees with its plain passes: {fault}"
-                warnings.warn(
-                    f"raise_core.Scorer: {self._distrusted}; every completion is run by itself from now on",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-                self._announced.add(self._distrusted)
-                return ["plain"] * len(modes)
-        return modes
+        read = self._engine.read(prompts)
+        return self._engine.hidden(read, trees(read, branches), features)
 
     def _stats(
         self, hidden: Tensor, targets: Tensor, want: Sequence[str], temperature: float, topk: int

@@ -1,9 +1,9 @@
 """First-use checks of the scorer: does a packed group give what separate passes give, is the head a matrix?
 
 A rounding is allowed, a wrong mask or position is not. What roundings come to is measured on the model at
-hand: a pass of one completion is repeated with its embeddings nudged by an ulp. Roundings inside the layers are of the
-same size and add up at random, so that `ROUNDINGS` of them a layer give the square root of their number times
-that. A wrong position changes the result by a share of its size instead.
+hand: a pass of one completion is repeated with its embeddings nudged by an ulp. Roundings inside the layers
+are of the same size and add up at random, so that `ROUNDINGS` of them a layer give the square root of their
+number times that. A wrong position changes the result by a share of its size instead.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from raise_core.backbone import Backbone
 from raise_core.group_forward import Call, chain, plain_branch, wanted_rows
 from raise_core.packing import Tree
+from raise_core.tree_attention import MaskRead
 
 ROUNDINGS = 8  # tensors that a decoder layer rounds: norms, projections, products, sums
 SLACK = 2.0  # both passes round
@@ -50,7 +51,10 @@ def group_fault(call: Call, tree: Tree, mode: str) -> str | None:
         path.insert(0, parent)
     here = slice(tree.first(branch) - 1 + wanted.start, tree.first(branch) - 1 + wanted.stop)
     with evaluation(call.backbone.model):
-        got = wanted_rows(call, [tree], [mode])[-(wanted.stop - wanted.start) :]
+        try:
+            got = wanted_rows(call, [tree], [mode])[-(wanted.stop - wanted.start) :]
+        except MaskRead as error:
+            return str(error)
         plain = plain_branch(call, tree, branch)[here]
         eps = torch.finfo(plain.dtype).eps
         still, nudged = (chain(call, tree, path, jitter=jitter)[here] for jitter in (0.0, eps))

@@ -45,6 +45,11 @@ def trees(prompts: Sequence[Prompt], branches: Sequence[Sequence[Branch]]) -> li
     return [Tree(i, len(prompt), own) for i, (prompt, own) in enumerate(pairs)]
 
 
+def whole(groups: Sequence[Sequence[Sequence[int]]]) -> list[list[Branch]]:
+    """Every token of every completion."""
+    return [[Branch(ids, 0, len(ids)) for ids in group] for group in groups]
+
+
 def split_stats(stats: TokenStats, lengths: Sequence[int]) -> list[TokenStats]:
     """Packed statistics [T] by completion."""
     split: dict[str, Sequence[Tensor | None]] = {}

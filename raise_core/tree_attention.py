@@ -46,14 +46,6 @@ class Layout:
         """Tokens that have a query in this pass."""
         return sum(self.lengths[self.cached :])
 
-    def pairs(self) -> int:
-        """Query-key pairs that `attend` computes."""
-        return sum(
-            n * (sum(self.lengths[a] for a in self.path(i)[:-1]) + (n + 1) // 2)
-            for i, n in enumerate(self.lengths)
-            if i >= self.cached
-        )
-
 
 def attend(
     layout: Layout,
@@ -116,10 +108,14 @@ _READS: set[Any] = {
 } | {Tensor.dim, Tensor.size, Tensor.__len__, Tensor.is_floating_point}
 
 
+class MaskRead(ValueError):
+    """Something other than `scaled_dot_product_attention` read the values of a `TreeMask`."""
+
+
 class TreeMask(Tensor):
     """A mask [1, 1, queries, keys] that holds its layout and no matrix.
 
-    `scaled_dot_product_attention` given one runs `attend`. Every other use of its values raises TypeError: an
+    `scaled_dot_product_attention` given one runs `attend`. Every other use of its values raises MaskRead: an
     attention that would read it as numbers must not go on with wrong ones.
     """
 
@@ -149,7 +145,7 @@ class TreeMask(Tensor):
                 return func(*args, **kwargs)
         if func is Tensor.to:
             return cls._moved(*args, **kwargs)
-        raise TypeError(
+        raise MaskRead(
             f"a packed group's mask was read by {getattr(func, '__name__', func)}, not by "
             'scaled_dot_product_attention; load the model with attn_implementation="sdpa" or "eager"'
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,8 +88,8 @@ def text_prompt(length: int, seed: int = 0) -> dict[str, Tensor]:
 
 def media_prompt(
     model: Any,
-    videos: list[tuple[int, int, int]] = (),
-    images: list[tuple[int, int, int]] = (),
+    videos: Sequence[tuple[int, int, int]] = (),
+    images: Sequence[tuple[int, int, int]] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
     """What a processor returns for a prompt with some videos and images of these patch grids.
