@@ -9,6 +9,8 @@ A fast implementation is judged by what plain PyTorch loses on the same inputs i
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -97,6 +99,19 @@ def less_exact(one: Tensor, other: Tensor, oracle: Tensor) -> Tensor:
 def no_better_than(peer: Tensor, oracle: Tensor, floor: Tensor | float) -> Tensor:
     """A peer's result, and `floor` beside the oracle wherever the peer came closer than that by luck."""
     return less_exact((oracle + floor).to(peer.dtype), peer, oracle)
+
+
+def floor_of(name: str, value: Tensor, size: float, vocab: int) -> Tensor:
+    """What rounding may cost a statistic of this value, and no peer is expected to undercut but by luck.
+
+    It is made from a z of at most `size`, from a sum of about 1 and from numbers of its own size, each
+    rounded once. p = exp(log p) inherits what log p lost at its own size, about log V where p is spread out:
+    of what is summed with weights p, that is a share.
+    """
+    spread = math.log(vocab)
+    own = value.abs() * (1 + spread * (name in ("entropy", "varentropy")))
+    # A KL from uniform near 0 is a difference of numbers of size log V.
+    return half_ulp(torch.float32) * (1 + size + own + spread * (name == "self_certainty"))
 
 
 def sum_slack(terms: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raise_kernels import native, reference, token_stats
 from raise_kernels._checks import PLAIN, STATS, LogitMap
-from tests.budget import assert_within_error_budget, half_ulp, less_exact
+from tests.budget import assert_within_error_budget, floor_of, half_ulp, less_exact
 
 Stats = Callable[..., dict[str, Tensor]]
 IMPLS: dict[str, Stats] = {
@@ -34,13 +34,12 @@ def permuted_peers(
     """fp32 PyTorch on the same numbers, several ways: of each element the least exact result.
 
     The error of a single run can be small by luck. The ways differ in the order of the columns and in how
-    the temperature is applied. And every statistic goes through a sum of exponentials that is at least 1,
-    through a z and through values of its own size, each rounded at least once: no result is expected to be
-    better than that. (Of equal logits every order gives the same, so that all peers may have luck.)
+    the temperature is applied. Of equal logits every order gives the same: all ways may have luck, and none
+    is taken to be better than `floor_of`.
     """
     columns = how.columns(logits.shape[-1])
-    size = 1 + size_of_z(logits, how)
-    worst = {name: (v + half_ulp(torch.float32) * (size + v.abs())).float() for name, v in oracle.items()}
+    size = size_of_z(logits, how)
+    worst = {name: (v + floor_of(name, v, size, columns)).float() for name, v in oracle.items()}
     for k in range(3):
         order = torch.arange(columns) if k == 0 else torch.randperm(columns)
         place = torch.empty_like(order)

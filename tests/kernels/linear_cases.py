@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raise_kernels import reference
 from raise_kernels._checks import LogitMap
-from tests.budget import half_ulp, less_exact, rank_slack, rounding
+from tests.budget import floor_of, half_ulp, less_exact, rank_slack, rounding
 from tests.kernels.cases import DTYPES, IGNORED, folded, some_targets, strided
 
 ONE = half_ulp(torch.float32)
@@ -145,14 +145,15 @@ def stats_of(
     exact = by_token(case, torch.float64)
     how = folded(case.how, 0)
     oracle = reference.token_stats(exact.logits(), exact.y, how=how, want=want, topk=topk)
-    size = 1 + exact.size() * how.factors[0] * how.factors[1]
-    worst = {name: (value + ONE * (size + value.abs())).float() for name, value in oracle.items()}
+    size = exact.size() * how.factors[0] * how.factors[1]
+    columns = len(exact.weight)
+    worst = {name: (v + floor_of(name, v, size, columns)).float() for name, v in oracle.items()}
     for k in range(3):
         logits = by_token(case, torch.float32, k).logits()
         peer = reference.token_stats(logits, exact.y, how=folded(case.how, k), want=want, topk=topk)
         worst = {name: less_exact(worst[name], peer[name], oracle[name]) for name in oracle}
     z = reference.transform(exact.logits(), how)
-    tied = rank_slack(z, exact.y, exact.size() * how.factors[0] * how.factors[1], case.hidden.shape[-1] + 1)
+    tied = rank_slack(z, exact.y, size, case.hidden.shape[-1] + 1)
     shape = case.y.shape
     oracle = {name: value.view(shape) for name, value in oracle.items()}
     return oracle, {name: value.view(shape) for name, value in worst.items()}, tied.view(shape)
