@@ -18,18 +18,21 @@ KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in csrc/ge
 WIDE = {**dict.fromkeys(KINDS, torch.float32), torch.float64: torch.float64}
 PIECE = 1 << 21  # elements of a and of b that are widened at one time: 8 MB each
 DEPTH = 2048  # of those, along the contracted axis
+AT_ONCE = 1024  # terms of a sum of bf16 that the C kernel takes before it touches its result
+SCRATCH = 8 << 20  # bytes of an fp32 product on its way to a 16-bit tensor
 ALONE = 10_000_000  # multiplications that are not worth a second thread
 
 
-def matmul(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False, invariant: bool = False) -> Tensor:
+def matmul(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False, invariant: bool = True) -> Tensor:
     """Write a @ b, or out + a @ b with `accumulate`, to `out` and return it.
 
     a [M, K] and b [K, N] of one dtype, bf16, fp16, fp32 or fp64, with any strides; out [M, N] fp32 (fp64 for
     fp64) with adjacent rows or adjacent columns, sharing no memory with a and b. K = 0 adds nothing. NaN and
     infinities reach the row of a and the column of b that hold them, and nothing else. No gradient.
 
-    `invariant`: the bits of a row do not depend on M in fp32 either, as they never do in bf16 and fp16. Where
-    `kind` says "torch" or "widened", no bits are promised. The bf16 instruction takes subnormal numbers as 0.
+    `invariant`: the bits of a row do not depend on M in fp32 either, as they never do in bf16 and fp16; False
+    gives fp32 to PyTorch's library. Where `kind` says "torch" or "widened", no bits are promised. The bf16
+    instruction takes subnormal numbers as 0.
 
     Raises TypeError for other dtypes, ValueError for shapes, devices and an `out` that do not fit.
     """
@@ -51,7 +54,24 @@ def matmul(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False, invar
     return out
 
 
-def kind(a: Tensor, *, invariant: bool = False) -> str:
+def matmul_rounded(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False) -> Tensor:
+    """`matmul` to an `out` of any float dtype, whose elements a 16-bit one rounds once for the whole sum."""
+    if out.dtype == WIDE[a.dtype]:
+        return matmul(a, b, out=out, accumulate=accumulate)
+    depth = a.shape[1]
+    if out.dtype == a.dtype and 0 < depth <= AT_ONCE and out.stride(1) == 1 and kind(a) == "avx512_bf16":
+        _compiled_product(a, b, out, accumulate)
+        return out
+    step = max(1, SCRATCH // (out.shape[1] * WIDE[a.dtype].itemsize))
+    for start in range(0, len(out), step):
+        block = out[start : start + step]
+        part = torch.empty(block.shape, dtype=WIDE[a.dtype], device=out.device)
+        matmul(a[start : start + step], b, out=part)
+        block.copy_(block + part if accumulate else part)
+    return out
+
+
+def kind(a: Tensor, *, invariant: bool = True) -> str:
     """What multiplies matrices of this dtype and device.
 
     "avx512_bf16": the compiled kernel, with the instruction for pairs of bf16. "avx512": the compiled kernel,
@@ -96,6 +116,7 @@ def _compiled_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> No
         *(ctypes.c_void_p(t.data_ptr()) for t in (a, b, out)),
         *map(ctypes.c_int64, sizes),
         ctypes.c_int(accumulate),
+        ctypes.c_int(out.dtype == torch.bfloat16),
         ctypes.c_int64(threads),
     )
     if failed:

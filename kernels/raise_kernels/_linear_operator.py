@@ -26,7 +26,7 @@ _OPTIONS = (
 )
 _MODULES = {"native": "raise_kernels.linear_native", "triton": "raise_kernels.linear_stats"}
 # Bytes of scratch when the caller names none. Devices with many cores want larger products.
-MEMORY_CPU = 64 << 20
+MEMORY_CPU = 32 << 20
 MEMORY_ELSEWHERE = 256 << 20
 
 

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from raise_kernels._backward import LinearGradient, Normaliser, coefficients
 from raise_kernels._checks import LogitMap, check_linear
-from raise_kernels._gemm import matmul
+from raise_kernels._gemm import matmul, matmul_rounded
 from raise_kernels._linear_operator import check_memory
 from raise_kernels._operator import logits_engine
 from raise_kernels.linear_native import same_dtype, scatter_rows, wide_dtype
 
-# Bytes of scratch on the CPU when the caller names none: at V = 151936, tiles of 165 rows in fp32.
-MEMORY_CPU = 96 << 20
-SCRATCH = 16 << 20  # bytes of a widened product that is added to a 16-bit gradient
+# Bytes of scratch on the CPU when the caller names none: at V = 151936, tiles of 138 rows in fp32.
+MEMORY_CPU = 80 << 20
 NAMES = ("logp", "top", "max_logp")
 
 # slope(tokens, logp) -> d loss / d logp of these tokens
@@ -122,7 +121,7 @@ class _Sums:
         if self.hidden is not None:
             matmul(*same_dtype(dz, w), out=self.hidden[tile])
         if self.weight is not None:
-            add_product(self.weight[: self.vocab], *same_dtype(dz.T, h))
+            matmul_rounded(*same_dtype(dz.T, h), out=self.weight[: self.vocab], accumulate=True)
         if self.bias is not None:
             self.bias[: self.vocab] += dz.sum(0, dtype=self.bias.dtype)
 
@@ -133,16 +132,3 @@ class _Sums:
             None if self.weight is None else self.weight.to(self.weight_dtype),
             None if self.bias is None else self.bias.to(self.bias_dtype),
         )
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b; to a 16-bit `out`, the wide product of a block of rows is added with one rounding."""
-    wide = wide_dtype(out)
-    if out.dtype == wide:
-        matmul(a, b, out=out, accumulate=True)
-        return
-    step = max(1, SCRATCH // (out.shape[1] * wide.itemsize))
-    for start in range(0, len(out), step):
-        block = slice(start, start + step)
-        part = matmul(a[block], b, out=torch.empty(out[block].shape, dtype=wide, device=out.device))
-        out[block] += part

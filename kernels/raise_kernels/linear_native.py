@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raise_kernels._backward import Coefficients, LinearEngine, LinearGradient, Normaliser
 from raise_kernels._checks import LogitMap
-from raise_kernels._gemm import matmul
+from raise_kernels._gemm import matmul, matmul_rounded
 from raise_kernels.merge import merge_parts, part_names
 from raise_kernels.native import stats_backward, stats_forward
 
@@ -181,7 +181,7 @@ def linear_backward(
     on_hidden = torch.zeros(len(h), h.shape[1], dtype=dtype)
     on_weight = torch.zeros_like(weight) if needs[1] else None
     on_bias = torch.zeros_like(bias) if needs[2] and bias is not None else None
-    columns = _backward_columns(len(h), h.shape[1], vocab, dtype, memory)
+    columns = _backward_columns(len(h), vocab, dtype, memory)
     buffer = torch.empty(len(h) * columns, dtype=dtype)
     low = torch.promote_types(h.dtype, weight.dtype)
     # dz takes the place of the logits, or is rounded at once to what the products take.
@@ -201,23 +201,15 @@ def linear_backward(
         if needs[0]:
             matmul(*same_dtype(dz, w), out=on_hidden, accumulate=start > 0)
         if on_weight is not None:
-            product_into(on_weight[block], *same_dtype(dz.T, h))
+            matmul_rounded(*same_dtype(dz.T, h), out=on_weight[block])
     return LinearGradient(
         scatter_rows(on_hidden, which.n[tokens], hidden) if needs[0] else None, on_weight, on_bias
     )
 
 
-def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, added up in the arithmetic's dtype and rounded once."""
-    if out.dtype == wide_dtype(out):
-        matmul(a, b, out=out)
-    else:
-        out.copy_(matmul(a, b, out=torch.empty(out.shape, dtype=wide_dtype(out))))
-
-
-def _backward_columns(count: int, size: int, vocab: int, dtype: torch.dtype, memory: int) -> int:
-    """Columns of a block: logits of all rows, dz beside them in 16 bits, and the product for dweight."""
-    per_column = count * (dtype.itemsize + 2) + size * dtype.itemsize
+def _backward_columns(count: int, vocab: int, dtype: torch.dtype, memory: int) -> int:
+    """Columns of a block: logits of all rows, and dz beside them in 16 bits."""
+    per_column = count * (dtype.itemsize + 2)
     return min(vocab, max(64, memory // max(per_column, 1) // 64 * 64))
 
 

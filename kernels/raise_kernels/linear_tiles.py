@@ -39,7 +39,11 @@ class Tile(NamedTuple):
         }
 
 
-# By target and use; a softcap has tiles of its own where the others would spill.
+# By target and use; "capped" where a softcap needs another tile. What bounds them, found by compiling:
+# sm_80    a thread holds 8 rows of 128 x 128, whose numbers spill at level 2
+# sm_90    128 x 256 reads least, but with 8 warps its sums leave too few registers, with 16 level 1 does
+# sm_100   sums live in tensor memory; 3 stages of 128 x 256 take 144 of 227 KB
+# gfx942   4 warps own 64 x 64 each, whose masks exceed the scalar registers under a softcap and at level 2
 HALVES = {
     "sm_80": {
         "level 0": Tile(128, 128, 32, 8, 4, 128),
@@ -48,12 +52,10 @@ HALVES = {
         "gradient": Tile(128, 128, 32, 8, 4, 32),
     },
     "sm_90": {
-        "level 0": Tile(128, 256, 64, 8, 3, 64),
-        "level 1": Tile(128, 256, 64, 8, 3, 32),
-        "level 2": Tile(128, 256, 64, 8, 3, 32),
+        "level 0": Tile(128, 256, 64, 16, 3, 32),
+        "level 1": Tile(128, 128, 64, 8, 3, 32),
+        "level 2": Tile(128, 128, 64, 8, 3, 32),
         "level 0 capped": Tile(128, 128, 64, 8, 3, 32),
-        "level 1 capped": Tile(128, 128, 64, 8, 3, 32),
-        "level 2 capped": Tile(128, 128, 64, 8, 3, 32),
         "gradient": Tile(128, 128, 64, 8, 3, 32),
     },
     "sm_100": {
@@ -71,14 +73,16 @@ HALVES = {
         "gradient": Tile(128, 128, 64, 8, 2, 32),
     },
 }
-# Products of fp32 run on NVIDIA's ordinary units, and there hold both operands in registers as well.
+# NVIDIA multiplies fp32 on its ordinary units, from registers: 4 warps spill, and at level 2 a depth of 32.
 SINGLES = {
-    name: dict.fromkeys(
-        ("level 0", "level 1", "level 2", "gradient"),
-        Tile(64, 64, 32, 4 if name == "gfx942" else 8, 2, 64),
-    )
-    for name in HALVES
-}
+    name: {
+        "level 0": Tile(64, 64, 32, 8, 2, 64),
+        "level 1": Tile(64, 64, 32, 8, 2, 64),
+        "level 2": Tile(64, 64, 16, 8, 2, 64),
+        "gradient": Tile(64, 64, 32, 8, 2, 64),
+    }
+    for name in ("sm_80", "sm_90", "sm_100")
+} | {"gfx942": dict.fromkeys(HALVES["gfx942"], Tile(64, 64, 32, 4, 2, 64))}
 
 
 @triton.jit

@@ -297,3 +297,20 @@ def described(text: str) -> Tensor:
     if "strided" in words:
         return torch.zeros(*(2 * size for size in shape), dtype=dtype)[::2, ::2]
     return torch.zeros(shape, dtype=dtype, device="meta" if "meta" in words else "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("depth", [1, 700, _gemm.AT_ONCE, _gemm.AT_ONCE + 1])
+def test_a_16_bit_result_is_rounded_once(way: str, dtype: torch.dtype, depth: int) -> None:
+    """In one call of the kernel, or by way of fp32."""
+    a, b = torch.randn(37, depth).to(dtype), torch.randn(depth, 50).to(dtype)
+    wide = product(a, b)
+    for start in (None, torch.randn(37, 50).to(dtype)):
+        spare = torch.full((37, 60), NAN, dtype=dtype)
+        out = spare[:, 5:55]
+        if start is not None:
+            out.copy_(start)
+        assert _gemm.matmul_rounded(a, b, out=out, accumulate=start is not None) is out
+        if start is None or dtype != torch.float32:
+            assert_exact(out, (wide if start is None else start + wide).to(dtype), name="rounded once")
+        assert spare[:, :5].isnan().all() and spare[:, 55:].isnan().all()

@@ -218,10 +218,25 @@ INLINE __m512 dot(int paired, __m512 sum, lane a, __m512i b) {
 /* What one tile of c reads and writes; a and b are panels, add: to what c holds. */
 typedef struct {
   const lane *a, *b;
-  float *c;
-  i64 steps, c_stride;
-  int add;
+  char *c;
+  i64 steps, c_stride; /* bytes */
+  int add, narrow;     /* narrow: c is bf16, and all of k is in this task */
 } task;
+
+static i64 item(int narrow) { return narrow ? 2 : 4; }
+
+/* A sum, or what is there and a sum, rounded once to bf16. */
+INLINE void store_narrow(char *at, __mmask16 mask, __m512 sum, int add) {
+#if PAIRS
+  if (add) {
+    __m512i there = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at));
+    sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(there, 16)));
+  }
+  _mm256_mask_storeu_epi16(at, mask, (__m256i)_mm512_cvtneps_pbh(sum));
+#else
+  (void)at, (void)mask, (void)sum, (void)add;
+#endif
+}
 
 /* The first `stored` of `rows` rows, and `vectors` vectors of 16 columns, the last one masked. */
 INLINE void tile(int paired, int rows, int vectors, task x, i64 stored, __mmask16 last) {
@@ -230,7 +245,7 @@ INLINE void tile(int paired, int rows, int vectors, task x, i64 stored, __mmask1
   for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; v++) {
-      if (i < stored) _mm_prefetch((const char *)(x.c + i * x.c_stride + 16 * v), _MM_HINT_T0);
+      if (i < stored) _mm_prefetch(x.c + i * x.c_stride + 16 * v * item(x.narrow), _MM_HINT_T0);
       _mm512_store_ps(&total[i][16 * v], _mm512_setzero_ps());
     }
   }
@@ -262,9 +277,13 @@ INLINE void tile(int paired, int rows, int vectors, task x, i64 stored, __mmask1
   }
   for (int i = 0; i < stored; i++) {
     for (int v = 0; v < vectors; v++) {
-      float *at = x.c + i * x.c_stride + 16 * v;
+      char *at = x.c + i * x.c_stride + 16 * v * item(x.narrow);
       __mmask16 mask = v == vectors - 1 ? last : first_of(16);
       __m512 all = _mm512_load_ps(&total[i][16 * v]);
+      if (x.narrow) {
+        store_narrow(at, mask, all, x.add);
+        continue;
+      }
       if (x.add) all = _mm512_add_ps(all, _mm512_maskz_loadu_ps(mask, at));
       _mm512_mask_storeu_ps(at, mask, all);
     }
@@ -292,16 +311,17 @@ static void block(int kind, i64 rows, i64 columns, task x) {
   for (i64 j = 0; j < columns; j += WIDTH)
     for (i64 i = 0; i < rows; i += ROWS) {
       const lane *a = x.a + i / ROWS * A_PANEL, *b = x.b + j / WIDTH * B_PANEL;
-      task one = {a, b, x.c + i * x.c_stride + j, x.steps, x.c_stride, x.add};
+      char *c = x.c + i * x.c_stride + j * item(x.narrow);
+      task one = {a, b, c, x.steps, x.c_stride, x.add, x.narrow};
       (kind == BF16 ? paired_tile : single_tile)(least(ROWS, rows - i), least(WIDTH, columns - j), one);
     }
 }
 
 typedef struct {
   source a, b;
-  float *c;
+  char *c;
   i64 c_stride, tile_m, tile_n;
-  int add;
+  int add, narrow;
   i64 next, working; /* shared by the threads: the tile to take, and how many threads had memory */
 } product;
 
@@ -324,7 +344,8 @@ static void grid_tile(const product *x, i64 i, i64 j, scratch *s) {
       lane *b = s->b + n * s->b_block + (s->b_block ? l / WIDTH * B_PANEL : 0);
       i64 width = least(STRIP, columns - l);
       if (s->b_held != j) pack_b(b, &x->b, j + l, width, from, count);
-      task one = {a, b, x->c + i * x->c_stride + j + l, count, x->c_stride, x->add || n};
+      char *c = x->c + i * x->c_stride + (j + l) * item(x->narrow);
+      task one = {a, b, c, count, x->c_stride, x->add || n, x->narrow};
       block(x->a.kind, rows, width, one);
     }
   }
@@ -363,13 +384,14 @@ static void cut(product *x, i64 threads) {
   x->tile_n = parts(parts(n, across), WIDTH) * WIDTH;
 }
 
-/* Strides in elements; those of c along n are 1. Returns 0, or -1: no thread had memory. */
-int raise_gemm(int kind, const void *a, const void *b, float *c, i64 m, i64 n, i64 k, i64 a_m, i64 a_k,
-               i64 b_k, i64 b_n, i64 c_m, int add, i64 threads) {
+/* Strides in elements; those of c along n are 1. narrow: c is bf16, for BF16 with at most 2 STEPS of k alone.
+ * Returns 0, or -1: no thread had memory. */
+int raise_gemm(int kind, const void *a, const void *b, void *c, i64 m, i64 n, i64 k, i64 a_m, i64 a_k,
+               i64 b_k, i64 b_n, i64 c_m, int add, int narrow, i64 threads) {
   if (kind == BF16 && !PAIRS) kind = BF16_WIDENED;
   i64 size = bytes(kind);
   source from_a = {a, m, k, a_m * size, a_k * size, kind}, from_b = {b, n, k, b_n * size, b_k * size, kind};
-  product x = {from_a, from_b, c, c_m, 0, 0, add, 0, 0};
+  product x = {from_a, from_b, c, c_m * item(narrow), 0, 0, add, narrow, 0, 0};
   cut(&x, threads);
   run_on_threads(work, &x, threads);
   return x.working ? 0 : -1;
