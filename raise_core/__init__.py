@@ -1,7 +1,7 @@
 """Reward operations over exact answer spans: spans, verifiers, SCRE, IGSR, advantages, policy losses."""
 
 from .advantages import group_advantages
-from .ema import EmaReference
+from .ema import EmaReference, FrozenReference, PolicyReference, Reference
 from .linear_policy_loss import linear_policy_loss
 from .ops import (
     PartialStats,
@@ -30,8 +30,11 @@ __all__ = [
     "CompletionRows",
     "EmaReference",
     "Found",
+    "FrozenReference",
     "PartialStats",
     "PolicyLoss",
+    "PolicyReference",
+    "Reference",
     "Rewards",
     "SamplerCheck",
     "Scorer",

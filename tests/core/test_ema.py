@@ -47,6 +47,10 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def weights_of(reference: EmaReference) -> list[Tensor]:
+    return [tensor for name, tensor in reference.state_dict().items() if name.startswith("weight.")]
+
+
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -145,9 +149,9 @@ def test_small_updates_do_not_stall_in_low_precision(dtype: torch.dtype) -> None
 def test_master_dtype_is_a_floor() -> None:
     policy = nn.Linear(2, 2).double()
     reference = EmaReference(policy, master_dtype=torch.float32)
-    assert {tensor.dtype for tensor in reference.state_dict().values()} == {torch.float64}
+    assert {tensor.dtype for tensor in weights_of(reference)} == {torch.float64}
     half = EmaReference(nn.Linear(2, 2).half(), master_dtype=torch.float64)
-    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float64}
+    assert {tensor.dtype for tensor in weights_of(half)} == {torch.float64}
     assert half.model.weight.dtype == torch.float16
 
 
@@ -211,7 +215,7 @@ def test_a_policy_that_ties_what_the_reference_does_not() -> None:
 def test_frozen_integer_parameters_are_copied() -> None:
     policy = nn.Module()
     policy.codes = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
-    reference = EmaReference(policy, decay=0.995, every=1)
+    reference = EmaReference(policy, decay=0.995, every=1, share_frozen=False)
     with torch.no_grad():
         policy.codes += 5
     reference.update(policy, 1)
@@ -224,6 +228,10 @@ def test_frozen_integer_parameters_are_copied() -> None:
         ({"decay": 1.5}, "decay: got 1.5.*OLD reference"),
         ({"decay": float("nan")}, "decay: got nan"),
         ({"every": 0}, "every: got 0"),
+        ({"how": "lora"}, "how: got 'lora', wanted one of auto, copy, swap, adapter"),
+        ({"how": "adapter"}, 'how: got "adapter", but model is a Tied, not a peft.PeftModel; wanted "swap"'),
+        ({"offload": "disk"}, "offload: got 'disk'"),
+        ({"share": ["norms"]}, "share: 'norms' names no parameter"),
         ({"master_dtype": torch.int32}, r"master_dtype: got torch\.int32"),
     ],
 )
@@ -234,7 +242,7 @@ def test_refuses_options(options: dict[str, object], message: str) -> None:
 
 def test_refuses_another_model() -> None:
     reference = EmaReference(Tied(), every=1)
-    with pytest.raises(ValueError, match=r"model: \d+ tensors missing .*without a DDP or PEFT wrapper"):
+    with pytest.raises(ValueError, match=r"model: \d+ tensors missing .*with the same wrappers"):
         reference.update(nn.Sequential(Tied()), 1)
     grown = Tied()
     grown.embed = nn.Embedding(9, 4)
