@@ -67,6 +67,7 @@ setup(
             "pytest>=9.0",
             "pytest-benchmark>=5.2",
             "hypothesis>=6.150",
+            "peft>=0.21.2",
             # linters at one minor version: a newer one may find fault with code that nobody touched
             "ruff==0.17.*",
             "mypy==2.4.*",
