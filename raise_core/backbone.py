@@ -89,7 +89,7 @@ class Backbone:
             return f"{name} has {', '.join(sorted(kinds))} layers, which see the tokens one after another"
         if not {"position_ids", "attention_mask", "past_key_values", "inputs_embeds"} <= takes.keys():
             return f"{name} does not take the positions of its tokens"
-        if not hasattr(self.decoder, "rotary_emb"):
+        if not hasattr(self.decoder, "rotary_emb") or not self.layers:
             return f"{name} has no rotary positions"
         bidirectional = getattr(self.config, "use_bidirectional_attention", None)
         if bidirectional or not getattr(self.config, "is_causal", True):
@@ -97,6 +97,12 @@ class Backbone:
         if self.attention not in ("sdpa", "eager"):
             return f'its attention is {self.attention!r}; load it with attn_implementation="sdpa"'
         return None
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers."""
+        found = [list(m) for m in self.decoder.children() if isinstance(m, nn.ModuleList)]
+        return max(found, key=len, default=[])
 
     @property
     def device(self) -> torch.device:
@@ -114,8 +120,7 @@ class Backbone:
     @property
     def width(self) -> int:
         """Multiplications of a token in one layer's matrices, in units of one attention pair's."""
-        layer = next(iter(self.decoder.layers))
-        weights = sum(p.numel() for p in layer.parameters())
+        weights = sum(p.numel() for p in self.layers[0].parameters())
         heads = int(self.config.num_attention_heads)
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         return int(weights // (2 * heads * size))

@@ -78,6 +78,11 @@ def read_prompt(name: str, given: Any, media: MediaTokens) -> Prompt:
     kept = torch.ones_like(ids, dtype=torch.bool)
     if given.get("attention_mask") is not None:
         kept = _row(name, "attention_mask", given["attention_mask"]).bool()
+    if len(kept) != len(ids):
+        raise ValueError(
+            f"{name}['attention_mask']: got {len(kept)} entries, wanted {len(ids)} as in input_ids; cut "
+            "both, or leave it out"
+        )
     ids = ids[kept]
     if len(ids) == 0:
         raise ValueError(f"{name}: got no tokens, wanted one or more; a completion follows at least one")

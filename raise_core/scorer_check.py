@@ -58,7 +58,7 @@ def group_fault(call: Call, tree: Tree, mode: str) -> str | None:
         plain = plain_branch(call, tree, branch)[here]
         eps = torch.finfo(plain.dtype).eps
         still, nudged = (chain(call, tree, path, jitter=jitter)[here] for jitter in (0.0, eps))
-    layers = len(call.backbone.decoder.layers)
+    layers = len(call.backbone.layers)
     allowed = SLACK * math.sqrt(ROUNDINGS * (layers + 1)) * max(_rms(nudged - still), eps * _rms(plain))
     off = _rms(got - plain)
     if off <= allowed:
