@@ -168,7 +168,8 @@ class Adapter:
     def scoring(self, held: Mapping[str, Tensor]) -> Iterator[None]:
         """Switch to the reference's adapters and back, whatever happens in between."""
         peft: Any = self.model
-        layers = [m for m in peft.modules() if hasattr(m, "merged_adapters")]
+        tuner = sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer
+        layers = [m for m in peft.modules() if isinstance(m, tuner)]
         if any(layer.merged for layer in layers) or any(layer.disable_adapters for layer in layers):
             raise RuntimeError(
                 "active: the policy's adapters are merged or disabled, so no other adapter can be scored; "
