@@ -30,7 +30,7 @@ from torch import Tensor
 
 import raise_core as rc
 from raise_core.policy_loss import policy_loss
-from raise_kernels import reference
+from raise_kernels import _compiled, reference
 from raise_kernels._checks import DIFFERENTIABLE, LogitMap
 from tests.budget import (
     assert_at_most,
@@ -46,7 +46,15 @@ from tests.kernels.linear_cases import Case, gradients_of, stats_of
 NAN, INF = float("nan"), float("inf")
 SUMS = ("logp", "lse", "entropy", "self_certainty", "max_logp")
 both_paths = pytest.mark.parametrize("path", ["logits", "hidden"])
-both_impls = pytest.mark.parametrize("impl", ["native", "triton"])
+both_impls = pytest.mark.parametrize("impl", ["native", "floor", "triton"], indirect=True)
+
+
+@pytest.fixture
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An implementation; "floor" is native without its C code."""
+    if request.param == "floor":
+        monkeypatch.setenv(_compiled.SWITCH, "0")
+    return "native" if request.param == "floor" else str(request.param)
 
 
 def run(
