@@ -89,7 +89,23 @@ class LinearEngine(NamedTuple):
     forward(hidden, weight, bias, y, rows, how, names, topk, memory) -> {name: [T]}, the names of `Engine`.
     backward(hidden, weight, bias, y, rows, normaliser, weights, how, needs, memory) -> gradients; needs: one
     bool each for hidden, weight and bias. memory: bytes that may be allocated beside inputs and results.
+    collect(per_token, hidden, rows) -> gradient of hidden from that of each token [T, D]: tokens of one row
+    add up in their order, those whose row number is outside hidden count for nothing.
     """
 
     forward: Callable[..., dict[str, Tensor]]
     backward: Callable[..., LinearGradient]
+    collect: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def collect(per_token: Tensor, hidden: Tensor, rows: Tensor | None) -> Tensor:
+    """Gradient of hidden [..., D], in its dtype, from that of each token; see `LinearEngine`."""
+    if rows is None:
+        return per_token.to(hidden.dtype).view(hidden.shape)
+    out = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    flat = out.view(-1, hidden.shape[-1])
+    inside = (rows >= 0) & (rows < len(flat))
+    named, place = torch.unique(rows[inside], return_inverse=True)
+    total = per_token.new_zeros(len(named), flat.shape[1])
+    flat[named] = total.index_add_(0, place, per_token[inside]).to(out.dtype)
+    return out

@@ -15,9 +15,9 @@ from torch import Tensor
 from raise_kernels._backward import LinearGradient, Normaliser, coefficients
 from raise_kernels._checks import LogitMap, check_linear
 from raise_kernels._gemm import matmul, matmul_rounded
-from raise_kernels._linear_operator import check_memory
+from raise_kernels._linear_operator import check_memory, linear_engine
 from raise_kernels._operator import logits_engine
-from raise_kernels.linear_native import same_dtype, scatter_rows, wide_dtype
+from raise_kernels.linear_native import same_dtype, wide_dtype
 
 # Bytes of scratch on the CPU when the caller names none: at V = 151936, tiles of 138 rows in fp32.
 MEMORY_CPU = 80 << 20
@@ -84,7 +84,10 @@ def loss_and_gradient(
         weights = coefficients(given, norm, None, None, y[tile] != how.ignore_index)
         dz = run.backward(logits, y[tile], None, norm, weights, plain, place[: len(h)])
         sums.add(tile, dz, h, w)
-    return logp, sums.result(n, hidden)
+    per_token = sums.hidden
+    return logp, LinearGradient(
+        None if per_token is None else linear_engine(engine).collect(per_token, hidden, rows), *sums.result()
+    )
 
 
 def _tile_rows(count: int, vocab: int, bytes_per_logit: int, memory: int) -> int:
@@ -125,10 +128,9 @@ class _Sums:
         if self.bias is not None:
             self.bias[: self.vocab] += dz.sum(0, dtype=self.bias.dtype)
 
-    def result(self, n: Tensor, hidden: Tensor) -> LinearGradient:
-        """The gradients in their dtypes; n [T]: the row of hidden of each token."""
-        return LinearGradient(
-            None if self.hidden is None else scatter_rows(self.hidden, n, hidden),
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of weight and bias in their dtypes."""
+        return (
             None if self.weight is None else self.weight.to(self.weight_dtype),
             None if self.bias is None else self.bias.to(self.bias_dtype),
         )

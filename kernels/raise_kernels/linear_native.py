@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from raise_kernels._backward import Coefficients, LinearEngine, LinearGradient, Normaliser
+from raise_kernels._backward import Coefficients, LinearEngine, LinearGradient, Normaliser, collect
 from raise_kernels._checks import LogitMap
 from raise_kernels._gemm import matmul, matmul_rounded
 from raise_kernels.merge import merge_parts, part_names
@@ -179,7 +179,10 @@ def linear_backward(
     weights = Coefficients(*(x[tokens] for x in weights))
     dtype, plain = which.nothing.dtype, _plain(how)
     on_hidden = torch.zeros(len(h), h.shape[1], dtype=dtype)
-    on_weight = torch.zeros_like(weight) if needs[1] else None
+    # Every row of the vocabulary is written below, unless there is nothing to write.
+    on_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    if on_weight is not None:
+        on_weight[vocab if len(h) else 0 :] = 0
     on_bias = torch.zeros_like(bias) if needs[2] and bias is not None else None
     columns = _backward_columns(len(h), vocab, dtype, memory)
     buffer = torch.empty(len(h) * columns, dtype=dtype)
@@ -203,7 +206,7 @@ def linear_backward(
         if on_weight is not None:
             matmul_rounded(*same_dtype(dz.T, h), out=on_weight[block])
     return LinearGradient(
-        scatter_rows(on_hidden, which.n[tokens], hidden) if needs[0] else None, on_weight, on_bias
+        collect(on_hidden, hidden, which.n[tokens]) if needs[0] else None, on_weight, on_bias
     )
 
 
@@ -213,16 +216,4 @@ def _backward_columns(count: int, vocab: int, dtype: torch.dtype, memory: int) -
     return min(vocab, max(64, memory // max(per_column, 1) // 64 * 64))
 
 
-def scatter_rows(grad: Tensor, n: Tensor, like: Tensor) -> Tensor:
-    """Gradient of `like` [..., D] from that of its rows n [T, D]; rows that are named twice add up first."""
-    out = torch.zeros(like.shape, dtype=like.dtype)
-    flat = out.view(-1, like.shape[-1])
-    named, place = torch.unique(n, return_inverse=True)
-    if len(named) < len(n):
-        grad = torch.zeros(len(named), grad.shape[1], dtype=grad.dtype).index_add_(0, place, grad)
-        n = named
-    flat[n] = grad.to(out.dtype)
-    return out
-
-
-ENGINE = LinearEngine(linear_forward, linear_backward)
+ENGINE = LinearEngine(linear_forward, linear_backward, collect)

@@ -25,7 +25,7 @@ from raise_kernels._backward import LinearEngine
 from raise_kernels._checks import LogitMap
 from raise_kernels._layout import Layout, alignment, fold_leading_axes
 from raise_kernels._tiles import column, row_start, to_z
-from raise_kernels.linear_stats_backward import linear_stats_backward
+from raise_kernels.linear_stats_backward import collect, linear_stats_backward
 from raise_kernels.linear_tiles import GROUP, Tile, is_wide, logits_tile, program_of, tile_for
 from raise_kernels.token_stats import FIELDS, LEVELS, Partials, _reduce_tile, level_of, merge
 
@@ -365,4 +365,4 @@ def linear_stats_forward(
     return {name: torch.cat([part[name] for part in parts] or [empty]) for name in made}
 
 
-ENGINE = LinearEngine(linear_stats_forward, linear_stats_backward)
+ENGINE = LinearEngine(linear_stats_forward, linear_stats_backward, collect)

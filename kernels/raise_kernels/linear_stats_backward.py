@@ -194,8 +194,11 @@ def _scored(hidden: Tensor, rows: Tensor, live: Tensor) -> Tensor:
     return taken.masked_fill_(~live[:, None], 0.0)
 
 
-def _collect(per_token: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
-    """Gradient of hidden [..., D] from each token's [T, D], fp32; tokens of a row add up in their order."""
+def collect(per_token: Tensor, hidden: Tensor, rows: Tensor | None) -> Tensor:
+    """Gradient of hidden [..., D], in its dtype, from that of each token [T, D]; see `LinearEngine`."""
+    if rows is None:
+        return per_token.to(hidden.dtype).view(hidden.shape)
+    per_token = per_token.float().contiguous()
     grad = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     depth = hidden.shape[-1]
     count = grad.numel() // depth
@@ -308,5 +311,4 @@ def linear_stats_backward(
     if not needs[0]:
         return LinearGradient(None, grad_w, grad_b)
     grad_h.masked_fill_(~live[:, None], 0.0)
-    whole = grad_h.to(hidden.dtype).view(hidden.shape) if rows is None else _collect(grad_h, hidden, rows)
-    return LinearGradient(whole, grad_w, grad_b)
+    return LinearGradient(collect(grad_h, hidden, rows), grad_w, grad_b)

@@ -71,7 +71,7 @@ class _Call:
         self.job = job = Job()
         job.x, job.dtype, job.axes = logits.data_ptr(), DTYPES[logits.dtype], len(lead)
         job.sizes = ctypes.addressof(shape)
-        job.strides = job.sizes + 8 * len(lead)
+        job.strides = ctypes.addressof(shape) + 8 * len(lead)
         job.rows, job.columns, job.all_columns = (
             lead.numel(),
             how.columns(logits.shape[-1]),
@@ -137,7 +137,8 @@ def stats_backward(
     for k, weight in enumerate(weights):
         job.weights[k] = call.address(weight)
     lists = torch.empty(count + len(y), dtype=torch.int64)
-    job.first = call.address(lists)
-    job.next, job.grad, job.grad_dtype = job.first + 8 * count, grad.data_ptr(), DTYPES[grad.dtype]
+    first = call.address(lists)  # a field reads back as None where the address is 0, as an empty tensor's is
+    job.first, job.next = first, first + 8 * count
+    job.grad, job.grad_dtype = grad.data_ptr(), DTYPES[grad.dtype]
     call.run(library.raise_token_stats_backward, count)
     return grad

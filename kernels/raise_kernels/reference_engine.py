@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from raise_kernels._backward import Coefficients, Engine, LinearEngine, LinearGradient, Normaliser
+from raise_kernels._backward import Coefficients, Engine, LinearEngine, LinearGradient, Normaliser, collect
 from raise_kernels._checks import STATS, LogitMap
 from raise_kernels.reference import token_stats, transform, wide
 
@@ -101,4 +101,4 @@ def _linear_backward(
 
 
 ENGINE = Engine(_forward, _backward)
-LINEAR_ENGINE = LinearEngine(_linear_forward, _linear_backward)
+LINEAR_ENGINE = LinearEngine(_linear_forward, _linear_backward, collect)

@@ -155,3 +155,11 @@ def test_a_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(logp.sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         grad.sum().backward()
+
+
+@fast_impl
+@pytest.mark.parametrize("rows", [None, torch.tensor([0, 3])])
+def test_logits_without_rows(impl: str, rows: Tensor | None) -> None:
+    y = torch.zeros(0 if rows is None else 2, dtype=torch.long)
+    grad = gradient(IMPLS[impl], torch.randn(0, 5), y, {"logp": torch.ones(len(y))}, rows=rows)
+    assert grad.shape == (0, 5)
