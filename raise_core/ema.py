@@ -141,7 +141,10 @@ class Reference:
         self.load_state_dict(load_file(file))
 
     def close(self) -> None:
-        """Delete the adapters the reference added to the policy. Nothing to do for the other kinds."""
+        """Delete the adapters the reference added to the policy; nothing to do for the other kinds.
+
+        Without it PEFT's `save_pretrained` writes them too, unless told `selected_adapters`.
+        """
         self._store.close()
 
     def _file(self, path: str | os.PathLike[str]) -> Path:

@@ -127,6 +127,19 @@ def test_the_policys_adapter_is_back_after_an_exception(kind: Any) -> None:
     assert trained == [name for name, weight in policy.named_parameters() if weight.requires_grad]
 
 
+def test_what_is_frozen_in_the_adapter_stays_frozen() -> None:
+    policy = lora()
+    policy.base_model.model.default.lora_A["default"].requires_grad_(False)
+    before = state(policy)
+    reference = rc.EmaReference(policy)
+    assert_untouched(policy, before)
+    with reference.active():
+        pass
+    assert_untouched(policy, before)
+    reference.close()
+    assert_untouched(policy, before)
+
+
 def test_two_references_and_their_adapters_go_again() -> None:
     policy = lora().eval()
     start = policy(IDS).detach()
