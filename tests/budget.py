@@ -10,6 +10,7 @@ A fast implementation is judged by what plain PyTorch loses on the same inputs i
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -69,6 +70,15 @@ def assert_exact(actual: Tensor, expected: Tensor, *, name: str) -> None:
         )
 
 
+def assert_as_exact_as_a_double(actual: float, want: float, *, name: str) -> None:
+    """Fail when a Python float is further from `want` than a handful of roundings."""
+    assert_at_most(
+        torch.tensor(abs(actual - want), dtype=torch.float64),
+        8 * sys.float_info.epsilon * abs(want),
+        name=name,
+    )
+
+
 def assert_at_most(actual: Tensor, bound: Tensor | float, *, name: str) -> None:
     """Fail when `actual` exceeds `bound` by more than two units in the last place of `actual`'s dtype."""
     limit = torch.as_tensor(bound, dtype=torch.float64).cpu().expand_as(actual)
@@ -99,6 +109,15 @@ def less_exact(one: Tensor, other: Tensor, oracle: Tensor) -> Tensor:
 def no_better_than(peer: Tensor, oracle: Tensor, floor: Tensor | float) -> Tensor:
     """A peer's result, and `floor` beside the oracle wherever the peer came closer than that by luck."""
     return less_exact((oracle + floor).to(peer.dtype), peer, oracle)
+
+
+# Of one fp32 rounding of 1: what a result near 1 owes, and many a peer's fair share.
+HALF_ULP = half_ulp(torch.float32)
+
+
+def close_to(want: Tensor, roundings: int = 1) -> Tensor:
+    """fp32 peer of a result known by hand or in fp64: off by that many roundings, at its size or at 1."""
+    return (want + roundings * HALF_ULP * want.abs().clamp(min=1.0)).float()
 
 
 def floor_of(name: str, value: Tensor, size: float, vocab: int) -> Tensor:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.budget import assert_at_most, assert_exact, assert_within_error_budget
+from tests.budget import (
+    assert_as_exact_as_a_double,
+    assert_at_most,
+    assert_exact,
+    assert_rank,
+    assert_within_error_budget,
+    less_exact,
+    no_better_than,
+    rank_slack,
+    rounding,
+)
 
 
 def oracle(*values: float) -> torch.Tensor:
@@ -67,3 +77,36 @@ def test_at_most_allows_two_ulps() -> None:
         assert_at_most(torch.tensor([1.0 + 3 * ulp]), 1.0, name="three")
     with pytest.raises(AssertionError, match="nan"):
         assert_at_most(torch.tensor([float("nan")]), 1.0, name="nan")
+
+
+def test_a_lucky_peer_is_not_believed() -> None:
+    want = oracle(1.0, 1.0)
+    peer = torch.tensor([1.0, 1.5])
+    assert no_better_than(peer, want, 0.25).tolist() == [1.25, 1.5]
+    assert less_exact(peer, torch.tensor([1.1, 1.1]), want).tolist() == torch.tensor([1.1, 1.5]).tolist()
+
+
+def test_rounding_costs_half_an_ulp_and_less_of_nothing_than_of_one() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.rand(1000, dtype=torch.float64) * 8 - 4
+        assert ((x.to(dtype).double() - x).abs() <= rounding(x, dtype)).all()
+        small = x * torch.finfo(dtype).tiny
+        assert ((small.to(dtype).double() - small).abs() <= rounding(small, dtype)).all()
+
+
+def test_a_rank_may_move_by_the_columns_that_rounding_reaches() -> None:
+    z = oracle(1.0, 1.0 + 1e-9, 2.0, float("-inf"))[None]
+    y = torch.tensor([0])
+    slack = rank_slack(z, y, 1.0, 4)
+    assert slack.tolist() == [1]
+    assert rank_slack(z, torch.tensor([9]), 1.0, 4).tolist() == [0]
+    assert_rank(torch.tensor([1.0]), oracle(2.0), slack, name="one off")
+    for wrong in (0.0, float("nan")):
+        with pytest.raises(AssertionError, match="beyond its ties"):
+            assert_rank(torch.tensor([wrong]), oracle(2.0), slack, name="two off")
+
+
+def test_a_double_may_be_off_by_a_few_roundings() -> None:
+    assert_as_exact_as_a_double(0.1 + 0.2, 0.3, name="sum")
+    with pytest.raises(AssertionError, match="sum"):
+        assert_as_exact_as_a_double(0.3 + 1e-12, 0.3, name="sum")

@@ -13,11 +13,10 @@ from raise_core import ops
 from raise_core.spans import Spans
 from raise_kernels import reference
 from raise_kernels._checks import STATS, LogitMap
-from tests.budget import assert_exact, assert_within_error_budget
+from tests.budget import HALF_ULP, assert_exact, assert_within_error_budget
 
 IMPLS = ["reference", "native", "triton"]
 every_impl = pytest.mark.parametrize("impl", IMPLS)
-HALF_ULP = torch.finfo(torch.float32).eps / 2
 
 
 def some_spans() -> tuple[Spans, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from raise_core import graders
 from raise_core.verify import KINDS, MAX_CHARACTERS, Verdict, canonical_kind, verify, verify_details
+from tests.budget import assert_as_exact_as_a_double
 
 
 def tagged(answer: str) -> str:
@@ -174,7 +174,7 @@ def test_free_form_is_the_mean_over_references() -> None:
     assert verify("free_form", tagged(answer), ["zzz", "", answer]) == 0.5
     # Unigrams 2/2 and 2/4, bigrams 1/1 and 1/3, longest 2/2 and 2/4: F = 2/3, 1/2, 2/3.
     score = verify("free_form", tagged("the ball"), answer)
-    assert math.isclose(score, (2 / 3 + 1 / 2 + 2 / 3) / 3)
+    assert_as_exact_as_a_double(score, (2 / 3 + 1 / 2 + 2 / 3) / 3, name="F")
 
 
 def test_free_form_agrees_with_rouge_score() -> None:

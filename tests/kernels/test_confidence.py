@@ -11,20 +11,19 @@ from hypothesis import strategies as st
 
 from raise_kernels import _linear_operator, confidence, reference, token_stats
 from raise_kernels._checks import IGSR, PLAIN, SCRE, LogitMap
-from tests.budget import assert_exact, assert_within_error_budget
+from tests.budget import HALF_ULP, assert_exact, assert_within_error_budget, no_better_than, undecided
 from tests.kernels.spans import Case, cases
 
 REAL = ("reward", "confidence", "variance", "nll", "bonus")
-HALF_ULP = torch.finfo(torch.float32).eps / 2
 
 
 def compare(got: confidence.SpanRewards, logp: torch.Tensor, case: Case) -> None:
     oracle = reference.span_rewards(logp.double(), *case[1:])
     peer = reference.span_rewards(logp, *case[1:])
-    edge = (oracle.bonus - IGSR.threshold).abs() < 8 * HALF_ULP
+    edge = undecided(oracle.bonus, IGSR.threshold)
     for name in REAL:
         want, near = getattr(oracle, name), getattr(peer, name)
-        near = torch.where((near - want).abs() > HALF_ULP, near, (want + HALF_ULP).float())
+        near = no_better_than(near, want, HALF_ULP)
         assert_within_error_budget(getattr(got, name)[~edge], want[~edge], near[~edge], name=name)
     assert_exact(got.bin, oracle.bin, name="bin")
     assert_exact(got.applied[~edge], oracle.applied[~edge], name="applied")

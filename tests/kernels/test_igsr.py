@@ -12,12 +12,18 @@ from hypothesis import strategies as st
 from raise_kernels import confidence, reference
 from raise_kernels import igsr as triton_igsr
 from raise_kernels._checks import IGSR, Igsr
-from tests.budget import assert_at_most, assert_exact, assert_within_error_budget
+from tests.budget import (
+    HALF_ULP,
+    assert_at_most,
+    assert_exact,
+    assert_within_error_budget,
+    no_better_than,
+    undecided,
+)
 from tests.kernels.spans import Case, cases
 
 IMPLS = {"reference": reference.igsr, "triton": triton_igsr.igsr}
 every_impl = pytest.mark.parametrize("impl", list(IMPLS))
-HALF_ULP = torch.finfo(torch.float32).eps / 2
 options = st.builds(
     Igsr,
     tau=st.sampled_from([0.05, 0.1, 0.25, 0.5]),
@@ -88,14 +94,8 @@ def test_random_groups(impl: str, case: Case, how: Igsr) -> None:
     oracle = reference.igsr_parts(case.logp.double(), *arguments)
     peer = reference.igsr_parts(case.logp, *arguments)
     # A bonus within rounding of its threshold may fall on either side.
-    edge = (
-        (oracle.bonus - how.threshold).abs() < 8 * HALF_ULP
-        if how.variant == "paper"
-        else oracle.bonus.isnan()
-    )
-    slack = torch.where(
-        (peer.reward - oracle.reward).abs() > HALF_ULP, peer.reward, (oracle.reward + HALF_ULP).float()
-    )
+    edge = undecided(oracle.bonus, how.threshold) & (how.variant == "paper")
+    slack = no_better_than(peer.reward, oracle.reward, HALF_ULP)
     assert_within_error_budget(got[~edge], oracle.reward[~edge], slack[~edge], name=f"igsr {impl}")
 
 

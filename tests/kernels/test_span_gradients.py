@@ -14,11 +14,17 @@ from torch import Tensor
 import raise_core as rc
 from raise_kernels import _span_operator, reference, scre, span_logp
 from raise_kernels._checks import Scre
-from tests.budget import assert_exact, assert_within_error_budget
+from tests.budget import (
+    HALF_ULP,
+    assert_exact,
+    assert_within_error_budget,
+    close_to,
+    no_better_than,
+    rounding,
+)
 from tests.kernels.spans import Case, cases
 
 INF, NAN = math.inf, math.nan
-HALF_ULP = torch.finfo(torch.float32).eps / 2
 Op = Callable[[Tensor, Tensor, Scre], Tensor]
 OPS: dict[str, tuple[Op, Op]] = {
     "scre": (reference.scre, scre.scre),
@@ -64,7 +70,7 @@ def test_within_budget(op: str, how: Scre, case: Case) -> None:
     peer = gradient(plain, case.logp, case.offsets, how, up)
     # Weights, probabilities and upstream gradients are rounded once each, where they are near 1.
     floor = HALF_ULP * (1 + how.lam) * float(up.abs().max()) if len(up) else 0.0
-    peer = torch.where((peer - oracle).abs() > floor, peer, (oracle + floor).float())
+    peer = no_better_than(peer, oracle, floor)
     assert_within_error_budget(got, oracle, peer, name=f"gradient of {op}")
     for was, now in zip(before, (case.logp, case.offsets, up), strict=True):
         assert_exact(now, was, name="unwritten")
@@ -94,7 +100,7 @@ def test_weights_that_underflow_leave_the_penalty_of_the_variance() -> None:
     want = math.exp(-2.0 * (0.125**2)) * -2.0 * p * (p - mean)
     for run in OPS["scre"]:
         got = gradient(run, logp.float(), torch.tensor([0, 2]), how, torch.ones(1))
-        assert_within_error_budget(got, want, want.float() + HALF_ULP, name="by hand")
+        assert_within_error_budget(got, want, close_to(want), name="by hand")
 
 
 def test_normalized_weights_that_would_all_underflow_are_not_lost() -> None:
@@ -234,8 +240,8 @@ def test_span_logp_says_what_it_says(data: st.DataObject, case: Case) -> None:
         got = rc.span_logp(case.logp, case.offsets, reduce=reduce, impl=impl, **options)
         want = torch.tensor([float(v) for v in values], dtype=torch.float64)
         peer = rc.span_logp(case.logp, case.offsets, reduce=reduce, impl="reference", **options)
-        near = (want * (1 + 4 * HALF_ULP)).float()
-        peer = torch.where((peer - want).abs() > (near - want).abs(), peer, near)
+        # A span has up to four terms to round, and its weights.
+        peer = no_better_than(peer, want, 4 * rounding(want, torch.float32))
         assert_within_error_budget(got, want, peer, name=name)
 
 
