@@ -20,6 +20,7 @@ from raise_kernels import (
     linear_stats_backward,
     linear_tiles,
     scre,
+    span_logp,
     token_stats,
     token_stats_backward,
     token_topk,
@@ -160,7 +161,13 @@ def _of_topk(dtypes: tuple[str, ...]) -> Iterator[Variant]:
 def _of_spans(quick: bool) -> Iterator[Variant]:
     for normalize in FLAGS:
         constants = dict(stride=1, NORMALIZE=normalize, SPANS=scre.SPANS)
-        yield Variant(f"scre{' normalized' * normalize}", scre._scre_kernel, constants, {}, 1)
+        flagged = " normalized" * normalize
+        for name, kernel, of_gradient in (
+            ("scre", scre._scre_kernel, scre._scre_grad_kernel),
+            ("span_logp", span_logp._span_logp_kernel, span_logp._span_logp_grad_kernel),
+        ):
+            yield Variant(f"{name}{flagged}", kernel, constants, {}, 1)
+            yield Variant(f"{name} gradient{flagged}", of_gradient, constants | dict(stride_up=1), {}, 1)
     sizes = (16, 64) if quick else (16, 32, 64)
     for splits, by_id, normal, balanced, size in itertools.product(FLAGS, FLAGS, FLAGS, FLAGS, sizes):
         if quick and normal:
