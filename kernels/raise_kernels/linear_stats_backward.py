@@ -24,7 +24,7 @@ from raise_kernels._backward import Coefficients, LinearGradient, Normaliser
 from raise_kernels._checks import LogitMap
 from raise_kernels._layout import fold_leading_axes
 from raise_kernels._tiles import exp, to_z
-from raise_kernels.linear_tiles import Tile, is_wide, logits_tile, program_of, tile_for
+from raise_kernels.linear_tiles import Tile, is_wide, logits_tile, program_of, stored, tile_for
 
 BLOCK = 256  # columns of hidden of one program of `_collect_kernel`
 
@@ -199,18 +199,18 @@ def collect(per_token: Tensor, hidden: Tensor, rows: Tensor | None) -> Tensor:
     if rows is None:
         return per_token.to(hidden.dtype).view(hidden.shape)
     per_token = per_token.float().contiguous()
-    grad = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    grad = torch.empty(hidden.shape, dtype=stored(hidden.dtype), device=hidden.device)
     depth = hidden.shape[-1]
     count = grad.numel() // depth
     if not count:
-        return grad
+        return grad.to(hidden.dtype)
     named, order = torch.sort(rows, stable=True)
     bounds = torch.searchsorted(named, torch.arange(count + 1, device=rows.device))
     blocks = triton.cdiv(depth, BLOCK)
     _collect_kernel[(count * blocks,)](
         per_token, grad, order, bounds, depth, blocks, BLOCK=BLOCK, num_warps=2
     )
-    return grad
+    return grad.to(hidden.dtype)
 
 
 class _Logits(NamedTuple):
@@ -297,13 +297,13 @@ def linear_stats_backward(
     )
     dtype = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
     width = triton.cdiv(min(columns, max(memory // (count * dtype.itemsize), 1)), tile.columns) * tile.columns
-    buffer = torch.empty(count, width, dtype=dtype, device=hidden.device)
+    buffer = torch.empty(count, width, dtype=stored(dtype), device=hidden.device)
     once = width >= columns and rows is None
     grad_h = torch.empty(count, depth, dtype=hidden.dtype if once else torch.float32, device=hidden.device)
     for start in range(0, columns, width):
         stop = min(start + width, columns)
         call.gradient(buffer, start, stop, None if grad_b is None else grad_b[start:stop])
-        dz = buffer[:, : stop - start]
+        dz = buffer[:, : stop - start].to(dtype)
         if needs[0]:
             _product(dz, weight[start:stop], grad_h, add=start > 0)
         if grad_w is not None:

@@ -141,6 +141,11 @@ def is_wide(hidden: Tensor, weight: Tensor) -> bool:
     return hidden.dtype != weight.dtype or bool(triton.knobs.runtime.interpret)
 
 
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a kernel stores numbers of `dtype`: the interpreter would not round to bf16."""
+    return torch.float32 if triton.knobs.runtime.interpret else dtype
+
+
 def family(device: torch.device) -> str:
     """The entry of the tile table for a device; one that it does not name takes the most modest."""
     if torch.version.hip:
