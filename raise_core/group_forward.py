@@ -47,10 +47,10 @@ def wanted_rows(call: Call, trees: Sequence[Tree], modes: Sequence[str]) -> Tens
         else:
             one = _suffix if mode == "suffix" else _plain
             pieces.extend(one(call, tree) for tree in members)
+    weight = call.backbone.head().weight
     if not pieces:
-        weight = call.backbone.head().weight
         return weight.new_zeros(0, weight.shape[1])
-    return torch.cat(pieces)
+    return torch.cat(pieces).to(weight.device)
 
 
 def _take(hidden: Tensor, rows: Sequence[int]) -> Tensor:

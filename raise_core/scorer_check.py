@@ -69,26 +69,33 @@ def group_fault(call: Call, tree: Tree, mode: str) -> str | None:
     )
 
 
-def head_fault(backbone: Backbone, tokens: int = 8) -> str | None:
-    """What the model's own logits differ by from cap(scale * (hidden @ weight.T + bias)), on a few tokens."""
+def head_fault(backbone: Backbone, tokens: int = 8, columns: int = 512) -> str | None:
+    """How far the model's own logits are from cap(scale * (hidden @ weight.T + bias)); None if rounded.
+
+    On a few tokens of text and a few columns of the vocabulary, spread over all of it.
+    """
     head = backbone.head()
     vocabulary, size = head.weight.shape
     ids = torch.arange(vocabulary)
     ids = ids[backbone.media.kinds(ids) == 0][:tokens][None].to(backbone.device)
+    some = torch.arange(0, vocabulary, max(vocabulary // columns, 1), device=head.weight.device)
     with evaluation(backbone.model):
-        own = backbone.model(input_ids=ids, use_cache=False).logits[0].double()
-        hidden = backbone.core(input_ids=ids, use_cache=False).last_hidden_state[0].double()
-        z = hidden @ head.weight.double().T
-        reach = hidden.norm(dim=1)[:, None] * head.weight.double().norm(dim=1)
+        own = backbone.model(input_ids=ids, use_cache=False).logits[0]
+        hidden = backbone.core(input_ids=ids, use_cache=False).last_hidden_state[0].to(head.weight.device)
+        if own.shape[1] != vocabulary:
+            return f"its logits have {own.shape[1]} columns, its head {vocabulary}"
+        own, weight, hidden = own[:, some].double(), head.weight[some].double(), hidden.double()
+        z = hidden @ weight.T
+        reach = hidden.norm(dim=1)[:, None] * weight.norm(dim=1)
         if head.bias is not None:
-            z, reach = z + head.bias, reach + head.bias.abs()
+            z, reach = z + head.bias[some], reach + head.bias[some].abs()
         z, reach = head.logit_scale * z, abs(head.logit_scale) * reach
         if head.softcap is not None:
             z = head.softcap * torch.tanh(z / head.softcap)
     eps = torch.finfo(head.weight.dtype).eps
     # A product of D terms is off by about sqrt(D) roundings of its terms; then it is rounded itself.
     allowed = 4 * eps * (reach / math.sqrt(size) + z.abs() + 1)
-    off = (own[:, : z.shape[1]] - z).abs()
-    if own.shape[1] == z.shape[1] and bool((off <= allowed).all()):
+    off = (own.to(z.device) - z).abs()
+    if bool((off <= allowed).all()):
         return None
     return f"its logits differ from its head's matrix product by up to {float(off.max()):.2g}"

@@ -295,6 +295,15 @@ def test_heads_that_are_more_than_a_matrix_are_refused(llama: Any, monkeypatch: 
     monkeypatch.setattr(type(llama), "forward", doubled)
     with pytest.raises(ValueError, match="logits differ from its head"):
         rc.Scorer(llama).token_stats(prompts, found)
+
+    def shortened(self: Any, **inputs: Any) -> Any:
+        out = true_forward(self, **inputs)
+        out.logits = out.logits[..., :-1]
+        return out
+
+    monkeypatch.setattr(type(llama), "forward", shortened)
+    with pytest.raises(ValueError, match="logits have 199 columns, its head 200"):
+        rc.Scorer(llama).token_stats(prompts, found)
     adapted = copy.deepcopy(llama)
     adapted.lm_head.base_layer = nn.Linear(32, 200)
     with pytest.raises(TypeError, match="language head"):
