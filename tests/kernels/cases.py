@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raise_kernels import native, reference, token_stats
 from raise_kernels._checks import PLAIN, STATS, LogitMap
-from tests.budget import assert_within_error_budget, floor_of, half_ulp, less_exact
+from tests.budget import assert_rank, assert_within_error_budget, floor_of, half_ulp, less_exact, rank_slack
 
 Stats = Callable[..., dict[str, Tensor]]
 IMPLS: dict[str, Stats] = {
@@ -59,6 +59,17 @@ def size_of_z(logits: Tensor, how: LogitMap) -> float:
     return float(z.abs().masked_fill(~z.isfinite(), 0.0).max()) if z.numel() else 0.0
 
 
+def ties(logits: Tensor, y: Tensor, how: LogitMap, rows: Tensor | None) -> Tensor:
+    """Columns that the rounding of z may move past the target's, shaped as y; none where z is the logit."""
+    if not size_of_z(logits, how):
+        return torch.zeros_like(y)
+    z = reference.transform(logits.detach().double().reshape(-1, logits.shape[-1]), how)
+    if rows is not None:
+        inside = (rows >= 0) & (rows < len(z))
+        z, y = z[torch.where(inside, rows, 0)], torch.where(inside, y, -1)
+    return rank_slack(z, y.reshape(-1), 0.0, 0).view(y.shape)
+
+
 def folded(how: LogitMap, k: int) -> LogitMap:
     """`how` on the valid columns alone; for k > 0 with the temperature folded into the other factors."""
     t = 1.0 if k == 0 else how.temperature * (1 + (k - 1) * half_ulp(torch.float32))
@@ -86,7 +97,10 @@ def judge(
     actual = IMPLS[impl](logits, y, how=how, want=want, **kw)
     for name in want:
         assert actual[name].dtype == torch.float32
-        assert_within_error_budget(actual[name], oracle[name], peer[name], name=f"{impl} {name}")
+        if name == "rank":
+            assert_rank(actual[name], oracle[name], ties(logits, y, how, kw.get("rows")), name=f"{impl} rank")
+        else:
+            assert_within_error_budget(actual[name], oracle[name], peer[name], name=f"{impl} {name}")
     return actual
 
 
