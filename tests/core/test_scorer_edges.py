@@ -65,7 +65,7 @@ def test_nothing_to_score(llama: Any, packing: str) -> None:
 @pytest.mark.parametrize("lengths", [[1], [6], [1, 1, 1], [0, 1, 30], [2] * 9])
 def test_short_and_unequal_completions(llama: Any, lengths: list[int]) -> None:
     prompts = [text_prompt(5), text_prompt(1)]
-    found = [completions(lengths), completions(lengths, seed=2)]
+    found = [completions(lengths), completions([*lengths, 20], seed=2)]
     for packing in ("packed", "suffix"):
         assert_as_plain(llama, prompts, found, f"{packing} {lengths}", packing=packing, max_tokens=12)
 

@@ -129,8 +129,11 @@ def test_rewards_options_and_found_spans(model: Any) -> None:
     found = [rc.Found(0, min(2, len(ids)), "x") for ids in FLAT]
     got = scorer.rewards(PROMPTS, COMPLETIONS, SCORE, STRICT, byte_level(), found=found, eta=0.0, lam=0.0)
     stats = scorer.token_stats(PROMPTS, [[ids[:2] for ids in group] for group in COMPLETIONS])
-    product = torch.stack([s.logp.sum().exp() for s in stats[0] if s.logp is not None])
-    assert_within_error_budget(got.confidence[:4], product.double(), product, name="product")
+    logp = torch.cat([s.logp for group in stats for s in group if s.logp is not None])
+    assert_exact(got.parts["logp"], logp, name="the given spans")
+    offsets = torch.nn.functional.pad(got.parts["length"].cumsum(0), (1, 0))
+    product = rc.scre(logp, offsets, eta=0.0, lam=0.0)
+    assert_exact(got.confidence[:4], product[:4], name="the options")
     for name, wrong in (
         ("score", {"score": [1.0]}),
         ("strict", {"strict": [True]}),
