@@ -73,11 +73,11 @@ HALVES = {
         "gradient": Tile(128, 128, 64, 8, 2, 32),
     },
 }
-# NVIDIA multiplies fp32 on its ordinary units, from registers: 4 warps spill, and at level 2 a depth of 32.
+# NVIDIA multiplies fp32 on its ordinary units, from registers: 4 warps spill, and a depth of 32 above level 0
 SINGLES = {
     name: {
         "level 0": Tile(64, 64, 32, 8, 2, 64),
-        "level 1": Tile(64, 64, 32, 8, 2, 64),
+        "level 1": Tile(64, 64, 16, 8, 2, 64),
         "level 2": Tile(64, 64, 16, 8, 2, 64),
         "gradient": Tile(64, 64, 32, 8, 2, 64),
     }
