@@ -1,6 +1,8 @@
 """Tables and figures of `python -m bench ops`, from its records alone.
 
 python -m bench report [--results FILE]      the last run of each device, into docs/bench.md and docs/figures
+
+A scoring.jsonl beside FILE (`python -m bench scoring`) goes into its own section.
 """
 
 from __future__ import annotations
@@ -201,5 +203,11 @@ def main(arguments: Sequence[str]) -> int:
         body = "\n".join(parts)
         text = written(text, kind, body)
         print(body)
+    scoring = options.results.with_name("scoring.jsonl")
+    if scoring.exists():
+        from bench.scoring_report import written as scored
+
+        recorded = [json.loads(line) for line in scoring.read_text(encoding="utf-8").splitlines()]
+        text = scored(text, recorded, options.docs)
     document.write_text(text, encoding="utf-8")
     return 0
