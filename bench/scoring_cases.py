@@ -1,4 +1,4 @@
-"""The cases of `python -m bench scoring`: a group scored once, against the prompt repeated for each completion.
+"""The cases of `python -m bench scoring`: a group scored once, or its prompt repeated.
 
 The truth is a pass of its own for each completion, weights and activations in fp64 (the model's own code
 rounds its norms and rotary angles to fp32).
@@ -32,7 +32,7 @@ LogpOf = Callable[[Any, dict[str, Any], Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """A video of frames x side x side patches, `group` completions of `length` tokens, `answer` of them last."""
+    """A video of frames x side x side patches, `group` completions of `length`, `answer` tokens last."""
 
     frames: int
     side: int
@@ -48,6 +48,7 @@ class Group:
     model: Any
     shape: Shape
     kind: str = REWARDS
+    exact: list[Tensor] = field(default_factory=list)  # fp64 log-probabilities [T], once they are known
     scorer: rc.Scorer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +64,7 @@ class Group:
         self.offsets = torch.arange(0, s.group * s.length + 1, s.length)
 
     def few(self) -> Group:
-        """A small group of the same model, scored by the same scorer: its first-use check runs on this one."""
+        """A small group of the same model, by the same scorer: its first-use check runs here."""
         other = Group(self.model, Shape(answer=self.shape.answer, **FEW), self.kind)
         other.scorer = self.scorer
         other.logp_old = torch.zeros(FEW["group"] * FEW["length"])
@@ -81,7 +82,8 @@ class Group:
         allowed = MOST / PEER_FACTOR
         if self.kind != UPDATE:
             with torch.no_grad():
-                logp = one_by_one(self, exact)
+                self.exact[:] = self.exact or [one_by_one(self, exact)]
+            logp = self.exact[0]
             if self.kind == STATS:
                 return {"logp": Truth(logp, allowed)}
             logp = logp.view(len(self.completions), -1)[:, -self.shape.answer :]
@@ -122,11 +124,12 @@ def _as(prompt: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def by_logits(model: Any, batch: dict[str, Any], completions: Tensor) -> Tensor:
-    """Log-probabilities [G, C] as trainers make them: `logits_to_keep`, then a log-softmax of the tokens alone."""
+    """Log-probabilities [G, C] as trainers make them: `logits_to_keep`, selective log-softmax."""
     length = completions.shape[1]
     logits = model(**batch, logits_to_keep=length + 1, use_cache=False).logits[:, :-1]
     picked = logits.gather(-1, completions[..., None])[..., 0]
-    return picked - torch.stack([row.logsumexp(-1) for row in logits])  # a sequence at a time
+    logp: Tensor = picked - torch.stack([row.logsumexp(-1) for row in logits])  # a sequence at a time
+    return logp
 
 
 def by_trl(model: Any, batch: dict[str, Any], completions: Tensor) -> Tensor:
@@ -249,7 +252,7 @@ def cases(shape: Shape, sizes: tuple[Size, ...]) -> list[Case]:
                     dtype=f"V = {size.vocabulary}",
                     shape={"frames": shape.frames, "side": shape.side, "G": shape.group, "C": shape.length,
                            "answer": shape.answer, "V": size.vocabulary, "D": size.width},
-                    inputs=lambda models=models, kind=kind: Group(models.give(), shape, kind),
+                    inputs=lambda models=models, kind=kind: Group(models.give(), shape, kind, models.exact),
                     impls=impls,
                     unit=REPEATED,
                     bytes=0,
@@ -261,11 +264,12 @@ def cases(shape: Shape, sizes: tuple[Size, ...]) -> list[Case]:
 
 
 class Shared:
-    """A model, made at the first use."""
+    """A model, made at the first use, and the fp64 results that its cases share."""
 
     def __init__(self, size: Size) -> None:
         self.size = size
         self.model: Any = None
+        self.exact: list[Tensor] = []
 
     def give(self) -> Any:
         self.model = self.model or build(self.size)

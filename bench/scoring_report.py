@@ -65,8 +65,8 @@ def _growth(records: Sequence[Record]) -> str:
         ratios = (faster(by[way], base) for way in WAYS)
         cells = ["wrong" if x is None else f"{x:.2f}" for x in ratios]
         lines.append(
-            f"| {rows[0]['dtype']} | {base['shape']['P']} | {clock(base['median_s'])} | {' | '.join(cells)} | "
-            f"{base['chosen']} |"
+            f"| {rows[0]['dtype']} | {base['shape']['P']} | {clock(base['median_s'])} | "
+            f"{' | '.join(cells)} | {base['chosen']} |"
         )
     return "\n".join(lines)
 

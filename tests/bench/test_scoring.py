@@ -1,4 +1,4 @@
-"""The quick profile runs and is right; a wrong, slow or greedy scorer fails --check; reports come from records."""
+"""The quick profile is right; a wrong, slow or greedy scorer fails --check; reports come from records."""
 
 from __future__ import annotations
 
