@@ -2,7 +2,7 @@
 
     impl="auto"        CUDA, HIP and XPU tensors: triton; CPU tensors: native; anything else: the reference
     impl="triton"      Triton kernels; on CPU tensors only under TRITON_INTERPRET=1
-    impl="native"      on the CPU, C code where a compiler is found (RAISE_COMPILED=0 turns it off), else PyTorch
+    impl="native"      on the CPU: C code where a compiler is found (not with RAISE_COMPILED=0), else PyTorch
                        in blocks; span rewards are the reference's own lines
     impl="reference"   the definition, in plain PyTorch, anywhere, fp64-capable
 
