@@ -57,8 +57,10 @@ def fuzzed(**strategies: Any) -> Callable[[Test], Test]:
 def _count(request: pytest.FixtureRequest) -> Iterator[None]:
     COUNT.clear()
     yield
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    reporter.write_line(f"\n{sum(COUNT.values())} random examples: {COUNT}")
+    plugins = request.config.pluginmanager
+    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
+        counted = ", ".join(f"{engine} {path} {count}" for (engine, path), count in COUNT.items())
+        print(f"\n{sum(COUNT.values())} random examples: {counted}")
 
 
 @contextmanager
@@ -243,4 +245,4 @@ KL = st.sampled_from(["k1", "k2", "k3"])
 
 def test_the_long_run_is_of_ten_thousand_examples() -> None:
     assert sum(LONG[engine] for engine in ENGINES) * len(PATHS) >= 10_000
-    assert len(PATHS) == len([name for name in globals() if name.removeprefix("test_") in PATHS])
+    assert all(f"test_{path}" in globals() for path in PATHS)
