@@ -394,8 +394,7 @@ def test_halves_on_a_gpu_are_summed_and_kept_in_fp32(monkeypatch: pytest.MonkeyP
             torch, "mm", lambda a, b, **kw: seen.append((a.dtype, kw.get("out_dtype"))) or mm(a, b, **kw)
         )
         for dtype, add in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
-            linear_stats_backward._product(
-                left, right, torch.empty(4, 4, device="cuda", dtype=dtype), add=add
-            )
+            out = torch.empty(4, 4, device="cuda", dtype=dtype)
+            linear_stats_backward._product(left, right, out, add=add)
     half, single = torch.bfloat16, torch.float32
     assert seen == [(half, None), (half, single), (half, single)]
