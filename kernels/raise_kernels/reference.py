@@ -71,7 +71,7 @@ def token_stats(
     logits [..., V]; targets [...]; with rows [T], targets [T] and only those rows of the flattened leading
     axes. Outputs have the shape of targets, one for each name in `want`. Gradients flow through logp, lse,
     entropy and self_certainty. A row whose target is `ignore_index` gives 0 and gradient 0. A row with no
-    finite logit, a NaN, +inf, a target outside the valid vocabulary or a row number outside the logits gives
+    finite logit, a NaN, z = +inf, a target outside the valid vocabulary or a row number outside gives
     NaN and gradient 0.
     """
     names = check_want(want)

@@ -19,7 +19,7 @@ class TokenStats:
     logp, lse, entropy, max_logp and topk_logp_mean are in nats, self_certainty and varentropy in nats and
     nats squared, rank counts the columns with a larger logit than the target's. fp32 (fp64 for fp64 logits on
     the CPU). A row that is not scored (`ignore_index`) holds 0; a row without a result holds NaN: no finite
-    logit, a NaN or +inf, a target outside the vocabulary, a row number outside the logits.
+    logit, a NaN, a z of +inf, a target outside the vocabulary, a row number outside the logits.
     """
 
     logp: Tensor | None = None
