@@ -148,8 +148,8 @@ def check_linear(
             check_tensor(name, given)
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1:] != weight.shape[1:] or not weight.numel():
         raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}; give [..., D] and [V, D], "
-            "V and D at least 1"
+            f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}; give [..., D] and "
+            "[V, D], V and D at least 1"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, weight {tuple(weight.shape)}; give [V]")
@@ -215,7 +215,7 @@ def check_spans(logp: Tensor, offsets: Tensor) -> None:
 
 
 def check_bounds(offsets: Tensor, tokens: int) -> None:
-    """Refuse bounds [S+1] that do not rise from 0 to `tokens`, where reading them costs no synchronisation."""
+    """Refuse bounds [S+1] that do not rise from 0 to `tokens`, where reading them waits for nothing."""
     if not on_host(offsets):
         return
     bounds = offsets.tolist()
