@@ -74,10 +74,6 @@ def test_within_budget(engine: str, dtype: torch.dtype, vocab: int) -> None:
     stats.test_within_budget("native", dtype, vocab)
 
 
-def test_random_rows(engine: str) -> None:
-    stats.test_random_rows("native")
-
-
 @pytest.mark.parametrize("shift", [1e4, -60.0])
 def test_special_rows(engine: str, shift: float) -> None:
     stats.test_peaked_shifted_and_negative_logits("native", shift, 300.0)
@@ -102,10 +98,6 @@ def test_any_subset_of_names_gives_the_same_bits(engine: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient(engine: str, dtype: torch.dtype) -> None:
     gradients.test_each_output_alone_and_together("native", dtype, DIFFERENTIABLE)
-
-
-def test_gradient_of_random_rows(engine: str) -> None:
-    gradients.test_random_rows("native")
 
 
 def test_gradient_of_special_rows(engine: str) -> None:
@@ -274,7 +266,6 @@ def test_a_compiler_that_does_not_know_its_processor(compiled: None, monkeypatch
     for dtype in DTYPES:
         stats.test_within_budget("native", dtype, 2500)
         gradients.test_each_output_alone_and_together("native", dtype, DIFFERENTIABLE)
-    stats.test_random_rows("native")
 
 
 def test_the_sources_give_no_warning(compiled: None) -> None:
