@@ -135,8 +135,6 @@ def policy_loss(x: Hidden, logp: Tensor) -> Tensor:
 
 def fused_loss(x: Hidden) -> Tensor:
     n, s = len(x.targets), len(x.advantage)
-    if not hasattr(rc, "linear_policy_loss"):
-        raise peers.NotHere("raise_core has no linear_policy_loss")
     return rc.linear_policy_loss(
         x.hidden, x.weight, x.targets, x.logp_old, x.advantage, x.offsets,
         kind="dapo", num_tokens=n, num_sequences=s,

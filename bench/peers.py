@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
-EXTRA = 'not installed; pip install "raise-core[bench]"'
+EXTRA = "not installed; pip install -e '.[bench]'"
 
 
 class NotHere(Exception):

@@ -1,4 +1,4 @@
-"""Matrix products with fp32 accumulation and an fp32 result, of bf16, fp16 and fp32 on the CPU.
+"""Matrix products with fp32 accumulation and an fp32 result, of bf16, fp16 and fp32.
 
 PyTorch rounds the product of two bf16 matrices to bf16, and log-probabilities need more. `csrc/gemm.c` keeps
 the fp32 sums, and the bits of a row depend neither on the other rows nor on the number of threads. Without it
@@ -45,6 +45,9 @@ def matmul(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False, invar
     with torch.no_grad():
         if how == "torch":
             _torch(a, b, out, accumulate)
+        elif how == "out_dtype":
+            product = torch.mm(a, b, out_dtype=torch.float32)
+            out.add_(product) if accumulate else out.copy_(product)
         elif how == "widened":
             _widened(a, b, out, accumulate)
         elif out.stride(1) == 1 or out.shape[1] == 1:
@@ -62,6 +65,9 @@ def matmul_rounded(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = Fals
     if out.dtype == a.dtype and 0 < depth <= AT_ONCE and out.stride(1) == 1 and kind(a) == "avx512_bf16":
         _compiled_product(a, b, out, accumulate)
         return out
+    if out.dtype == a.dtype and kind(a) == "out_dtype":
+        _torch(a, b, out, accumulate)
+        return out
     step = max(1, SCRATCH // (out.shape[1] * WIDE[a.dtype].itemsize))
     for start in range(0, len(out), step):
         block = out[start : start + step]
@@ -71,12 +77,24 @@ def matmul_rounded(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = Fals
     return out
 
 
+def same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as they are where their dtypes agree, else both in the wider one."""
+    if a.dtype == b.dtype:
+        return a, b
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
 def kind(a: Tensor, *, invariant: bool = True) -> str:
     """What multiplies matrices of this dtype and device.
 
     "avx512_bf16": the compiled kernel, with the instruction for pairs of bf16. "avx512": the compiled kernel,
-    which widens to fp32 as it packs. "torch": torch.mm. "widened": torch.mm on pieces widened to fp32.
+    which widens to fp32 as it packs. "torch": torch.mm. "out_dtype": torch.mm of 16-bit operands on CUDA,
+    whose library sums in fp32 and hands that out. "widened": torch.mm on pieces widened to fp32, on the CPU
+    without the compiled kernel and on devices whose library is not known to sum 16-bit numbers in fp32.
     """
+    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16) and not torch.version.hip:
+        return "out_dtype"
     plain = "widened" if a.dtype in (torch.bfloat16, torch.float16) else "torch"
     if a.device.type != "cpu" or a.dtype not in KINDS or (a.dtype == torch.float32 and not invariant):
         return plain

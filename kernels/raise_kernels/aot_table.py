@@ -1,4 +1,7 @@
-"""The launch table: the targets, and every kernel variant that a launcher can ask for on one of them.
+"""The launch table: the targets, and the kernel variants that a launcher asks for on one of them.
+
+That is every one for operands of one dtype with adjacent columns, aligned rows and a hidden size that the
+tiles divide. Others are compiled when they come.
 
 Of the linear path only what changes a kernel's code is a flag: dtype, level, softcap. Bias and row list are
 masks that cost a load for each row or column of a tile.
@@ -63,7 +66,7 @@ class Variant(NamedTuple):
 
 
 def variants(name: str, quick: bool) -> Iterator[Variant]:
-    """The launch table of a target: every combination of dtype and flags that a launcher can ask for."""
+    """The launch table of a target: every combination of dtype, level and flags."""
     dtypes = ("bf16",) if quick else tuple(ITEM)
     yield from _of_logits(TARGETS[name], dtypes, quick)
     yield from _of_hidden(name, dtypes, quick)
@@ -103,6 +106,13 @@ def _of_logits(target: Target, dtypes: tuple[str, ...], quick: bool) -> Iterator
             WARPS,
             wide=block // threads * ITEM[dtype] // 16,
         )
+    # What `linear_policy_loss` launches for a 16-bit head: fp32 logits of a tile to dz in the head's dtype.
+    for dtype, capped in itertools.product([d for d in dtypes if d != "fp32"], FLAGS[: 1 if quick else 2]):
+        constants = dict(stride_v=1, HAS_ROWS=False, CAPPED=capped, UNIT=True, ALIGN=4, BLOCK=block)
+        types = {"p_x": "*fp32", "p_grad": f"*{dtype}"}
+        name = f"loss gradient fp32 to {dtype}{' capped' * capped}"
+        wide = block // threads * 4 // 16
+        yield Variant(name, token_stats_backward._grad_kernel, constants, types, WARPS, wide=wide)
     for level, rows in itertools.product(range(3), FLAGS):
         constants = dict(HAS_ROWS=rows, LEVEL=level, ROWS=token_stats.ROWS)
         yield Variant(f"merge level {level}{' rows' * rows}", token_stats._merge_kernel, constants, {}, 2)

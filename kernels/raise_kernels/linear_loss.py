@@ -14,10 +14,10 @@ from torch import Tensor
 
 from raise_kernels._backward import LinearGradient, Normaliser, coefficients
 from raise_kernels._checks import LogitMap, check_linear
-from raise_kernels._gemm import matmul, matmul_rounded
+from raise_kernels._gemm import matmul, matmul_rounded, same_dtype
 from raise_kernels._linear_operator import check_memory, linear_engine
 from raise_kernels._operator import logits_engine
-from raise_kernels.linear_native import same_dtype, wide_dtype
+from raise_kernels.linear_native import wide_dtype
 
 # Bytes of scratch on the CPU when the caller names none: at V = 151936, tiles of 138 rows in fp32.
 MEMORY_CPU = 80 << 20

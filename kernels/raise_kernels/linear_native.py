@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raise_kernels._backward import Coefficients, LinearEngine, LinearGradient, Normaliser, collect
 from raise_kernels._checks import LogitMap
-from raise_kernels._gemm import matmul, matmul_rounded
+from raise_kernels._gemm import matmul, matmul_rounded, same_dtype
 from raise_kernels.merge import merge_parts, part_names
 from raise_kernels.native import stats_backward, stats_forward
 
@@ -28,14 +28,6 @@ MOST_ROWS = 512  # of a tile of the forward; more make no product faster
 def wide_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 stays, everything else becomes float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as they are where their dtypes agree, else both in the wider one."""
-    if hidden.dtype == weight.dtype:
-        return hidden, weight
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    return hidden.to(dtype), weight.to(dtype)
 
 
 def block_logits(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -205,8 +197,11 @@ def linear_backward(
             matmul(*same_dtype(dz, w), out=on_hidden, accumulate=start > 0)
         if on_weight is not None:
             matmul_rounded(*same_dtype(dz.T, h), out=on_weight[block])
+    whole = rows is None and len(tokens) == len(which.flat)
     return LinearGradient(
-        collect(on_hidden, hidden, which.n[tokens]) if needs[0] else None, on_weight, on_bias
+        collect(on_hidden, hidden, None if whole else which.n[tokens]) if needs[0] else None,
+        on_weight,
+        on_bias,
     )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from raise_kernels._backward import Coefficients, LinearGradient, Normaliser
 from raise_kernels._checks import LogitMap
+from raise_kernels._gemm import matmul_rounded, same_dtype
 from raise_kernels._layout import fold_leading_axes
 from raise_kernels._tiles import exp, to_z
 from raise_kernels.linear_tiles import Tile, is_wide, logits_tile, program_of, stored, tile_for
@@ -165,25 +166,6 @@ def _collect_kernel(
     tl.store(p_out + i_n * D + o_d, total.to(p_out.dtype.element_ty), mask=o_d < D)
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """left @ right into `out`, or on top of it, with fp32 sums whatever the dtypes; out is rounded once."""
-    dtype = left.dtype
-    halves = dtype == right.dtype != torch.float32 and left.device.type == "cuda" and not torch.version.hip
-    if not halves:
-        # Elsewhere a library need not sum halves in fp32, nor give the sum unrounded.
-        left, right, dtype = left.float(), right.float(), torch.float32
-    if out.dtype == dtype and add:
-        torch.addmm(out, left, right, out=out)
-    elif out.dtype == dtype:
-        torch.mm(left, right, out=out)
-    else:
-        product = torch.mm(left, right, out_dtype=torch.float32) if halves else torch.mm(left, right)
-        if add:
-            out += product
-        else:
-            out.copy_(product)
-
-
 def _scored(hidden: Tensor, rows: Tensor, live: Tensor) -> Tensor:
     """The rows [T, D] of hidden that are scored, zeros for the others: their NaN must not reach a product."""
     layout = fold_leading_axes(hidden)
@@ -305,9 +287,9 @@ def linear_stats_backward(
         call.gradient(buffer, start, stop, None if grad_b is None else grad_b[start:stop])
         dz = buffer[:, : stop - start].to(dtype)
         if needs[0]:
-            _product(dz, weight[start:stop], grad_h, add=start > 0)
+            matmul_rounded(*same_dtype(dz, weight[start:stop]), out=grad_h, accumulate=start > 0)
         if grad_w is not None:
-            _product(dz.T, taken, grad_w[start:stop])
+            matmul_rounded(*same_dtype(dz.T, taken), out=grad_w[start:stop])
     if not needs[0]:
         return LinearGradient(None, grad_w, grad_b)
     grad_h.masked_fill_(~live[:, None], 0.0)

@@ -202,7 +202,7 @@ def test_what_does_not_run_says_why(
         fake_case(quick_and_right, *others, eager_s=0.02), monkeypatch, capsys, tmp_path
     )
     assert status == 0
-    assert 'did not run: not installed; pip install "raise-core[bench]"' in printed
+    assert "did not run: not installed; pip install -e '.[bench]'" in printed
     assert "did not run: RuntimeError: needs another machine |" in printed
 
 

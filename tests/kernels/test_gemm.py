@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raise_kernels import _compiled, _gemm
 from tests.budget import assert_exact, assert_within_error_budget
@@ -314,3 +315,26 @@ def test_a_16_bit_result_is_rounded_once(way: str, dtype: torch.dtype, depth: in
         if start is None or dtype != torch.float32:
             assert_exact(out, (wide if start is None else start + wide).to(dtype), name="rounded once")
         assert spare[:, :5].isnan().all() and spare[:, 55:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_halves_on_a_gpu_are_summed_in_fp32_on_its_tensor_cores(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is here: what would be called of its library, on tensors without values."""
+    called: list[tuple[str, torch.dtype, object]] = []
+    for name in ("mm", "addmm"):
+        real = getattr(torch, name)
+
+        def spy(*args: Tensor, name: str = name, real: Callable[..., Tensor] = real, **kw: object) -> Tensor:
+            called.append((name, args[-1].dtype, kw.get("out_dtype")))
+            return real(*args, **kw)
+
+        monkeypatch.setattr(torch, name, spy)
+    with FakeTensorMode():
+        a, b = (torch.empty(4, 4, device="cuda", dtype=dtype) for _ in range(2))
+        for out_dtype, accumulate in ((dtype, False), (torch.float32, False), (torch.float32, True)):
+            out = torch.empty(4, 4, device="cuda", dtype=out_dtype)
+            _gemm.matmul_rounded(a, b, out=out, accumulate=accumulate)
+        assert _gemm.kind(a) == "out_dtype"
+    assert called == [("mm", dtype, None), *[("mm", dtype, torch.float32)] * 2]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raise_kernels import _linear_operator, linear_native, reference
+from raise_kernels import _gemm, _linear_operator, linear_native, reference
 from raise_kernels._checks import DIFFERENTIABLE, PLAIN, STATS, LogitMap
 from tests.budget import assert_exact, assert_within_error_budget
 from tests.kernels.cases import DTYPES, IGNORED
@@ -106,6 +106,20 @@ def test_rows_repeat_in_any_order_and_strides_do_not_matter(columns: int) -> Non
     rows, y = torch.tensor([7, 24, 7, 99, 0, -1]), torch.tensor([5, 5, 9, 9, 100, 1])
     out = judge((hidden, weight.T.contiguous().T, bias), y, rows=rows)
     assert out["logp"].isnan().tolist() == [False, False, False, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_alone_equals_the_row_in_any_batch(columns: int, dtype: torch.dtype) -> None:
+    """Where the compiled product runs; PyTorch's library makes no such promise."""
+    hidden, weight, bias = inputs_of(37, 24, 300, dtype)
+    if _gemm.kind(hidden) in ("torch", "widened"):
+        pytest.skip("the product is PyTorch's here")
+    y, order = torch.randint(0, 300, (37,)), torch.randperm(37)
+    whole = stats((hidden, weight, bias), y, want=STATS)
+    for rows in (torch.tensor([5]), torch.tensor([30, 2]), order):
+        part = stats((hidden, weight, bias), y[rows], rows=rows, want=STATS)
+        for name in STATS:
+            assert_exact(part[name], whole[name][rows], name=f"{name} of rows {rows.tolist()}")
 
 
 @given(data=st.data())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from raise_kernels import _linear_operator, linear_stats, linear_stats_backward, linear_tiles, token_stats
+from raise_kernels import _linear_operator, linear_stats, linear_tiles, token_stats
 from raise_kernels._backward import LinearGradient, Normaliser, coefficients
 from raise_kernels._checks import DIFFERENTIABLE, PLAIN, STATS, LogitMap
 from raise_kernels.linear_tiles import Tile
@@ -382,19 +382,3 @@ def test_nothing_is_read_back(launches: list[str], named: bool, dtype: torch.dty
     assert launches == [*forward, *["_dlogits_kernel"] * chunks, *collected]
     for x, g in zip((hidden, weight, bias), made, strict=True):
         assert g is not None and (g.shape, g.dtype, g.device) == (x.shape, x.dtype, x.device)
-
-
-def test_halves_on_a_gpu_are_summed_and_kept_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU is here: what would be called of its library, on tensors without values."""
-    with FakeTensorMode():
-        left, right = (torch.empty(4, 4, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        seen: list[tuple[torch.dtype, Any]] = []
-        mm = torch.mm
-        monkeypatch.setattr(
-            torch, "mm", lambda a, b, **kw: seen.append((a.dtype, kw.get("out_dtype"))) or mm(a, b, **kw)
-        )
-        for dtype, add in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
-            out = torch.empty(4, 4, device="cuda", dtype=dtype)
-            linear_stats_backward._product(left, right, out, add=add)
-    half, single = torch.bfloat16, torch.float32
-    assert seen == [(half, None), (half, single), (half, single)]
