@@ -83,7 +83,8 @@ def linear_policy_loss(
     several tiles the gradient of a 16-bit weight is added up in its dtype, one rounding a tile;
     accumulate_fp32=True adds it up in an fp32 buffer [V, D]. memory: bytes of scratch beside inputs, results
     and gradients: 80 MiB on the CPU and 256 MiB elsewhere when None, at least one row of logits. A token
-    without a result (see `token_stats`) makes the loss NaN and has no part in the gradient; fp16 gradients
+    without a result (see `token_stats`; -100 is no exception here: every token counts) makes the loss NaN and
+    has no part in the gradient; fp16 gradients
     can underflow, since no later loss scale reaches them: prefer bf16. The other arguments, and what is
     raised, are those of `policy_loss` and `linear_token_stats`.
     """

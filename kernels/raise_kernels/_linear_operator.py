@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raise_kernels._backward import LinearEngine, Normaliser, coefficients
-from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap, check_linear, check_want
+from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap, check_linear, check_want, check_whole
 from raise_kernels._operator import logit_map, with_what_the_gradient_needs
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor y, Tensor? rows"
@@ -40,8 +40,7 @@ def check_memory(memory: int | None, hidden: Tensor, on_cpu: int) -> int:
     """The bytes of scratch that a call may allocate: `on_cpu` there when the caller names none."""
     if memory is None:
         return on_cpu if hidden.device.type == "cpu" else MEMORY_ELSEWHERE
-    if memory < 1:
-        raise ValueError(f"memory is {memory}; give the bytes that may be allocated, or None")
+    check_whole("memory", memory, "None for the default number of bytes")
     return memory
 
 

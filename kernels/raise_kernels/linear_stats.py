@@ -345,7 +345,10 @@ def linear_stats_forward(
     memory: bytes for what the splits of a block of rows leave; at least one block is taken at a time.
     """
     if "topk_logp_mean" in names:
-        raise ValueError('want names "topk_logp_mean", which impl="native" and impl="reference" compute')
+        raise ValueError(
+            'want names "topk_logp_mean", which Triton makes from logits only: use token_stats, or '
+            'impl="reference" (impl="native" on the CPU)'
+        )
     level = level_of(names)
     made = [name for level_names in LEVELS[: level + 1] for name in level_names]
     call = _prepare(hidden, weight, bias, how, level)

@@ -16,7 +16,7 @@ from raise_core.ops.impl import chosen_impl
 from raise_core.ops.stats import TokenStats
 from raise_kernels import reference_engine
 from raise_kernels._backward import Engine, LinearEngine
-from raise_kernels._checks import LogitMap, check_linear, check_stats, check_want
+from raise_kernels._checks import LogitMap, check_linear, check_stats, check_want, check_whole
 from raise_kernels._linear_operator import MEMORY_CPU, check_memory, linear_engine
 from raise_kernels._operator import logits_engine
 from raise_kernels.parallel import (
@@ -121,6 +121,8 @@ def merge_token_stats(parts: Sequence[PartialStats]) -> TokenStats:
     up to rounding. Raises ValueError where columns are missing or come twice, and where parts differ in what
     they hold.
     """
+    if isinstance(parts, PartialStats) or parts is None:
+        raise TypeError(f"parts is {type(parts).__name__}; give a list with the PartialStats of every shard")
     if not parts:
         raise ValueError("parts is empty; give the PartialStats of every shard")
     ordered = sorted(parts, key=lambda part: part.first_column)
@@ -216,15 +218,16 @@ def _check_dtype(name: str, x: Tensor, impl: str) -> None:
 
 
 def check_topk(topk: int) -> None:
-    """Refuse a k of topk_logp_mean below 1."""
-    if topk < 1:
-        raise ValueError(f"topk is {topk}; give at least 1")
+    """Refuse a k of topk_logp_mean that is not a whole number of at least 1."""
+    check_whole("topk", topk)
 
 
 def check_first(first: int) -> None:
-    """Refuse a first column below 0."""
-    if first < 0:
-        raise ValueError(f"first_column is {first}; give the number of columns on the shards before this one")
+    """Refuse a first column that is not a whole number of at least 0."""
+    if not isinstance(first, int) or first < 0:
+        raise (ValueError if isinstance(first, int) else TypeError)(
+            f"first_column is {first!r}; give the number of columns on the shards before this one"
+        )
 
 
 def _asked(part: PartialStats) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""Losses over packed spans."""
+"""Log-probability of packed spans."""
 
 from __future__ import annotations
 

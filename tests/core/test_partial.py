@@ -154,3 +154,20 @@ def test_parts_that_do_not_fit_together() -> None:
             rc.merge_token_stats([parts[0], *parts_of(x, y, **options)[1:]])
     with pytest.raises(ValueError, match="parts differ"):
         rc.merge_token_stats([parts[0], *parts_of(x.double(), y)[1:]])
+
+
+def test_arguments_of_another_type() -> None:
+    x, y, _ = some_logits()
+    for change, match in (
+        ({"topk": 2.5}, "topk is 2.5"),
+        ({"first_column": None}, "first_column is None"),
+        ({"first_column": 1.5}, "first_column is 1.5"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            rc.partial_token_stats(x, y, **{"first_column": 0, **change})
+    with pytest.raises(TypeError, match=r"memory is 1\.5"):
+        rc.partial_linear_token_stats(
+            torch.randn(2, 3), torch.randn(5, 3), y[0, :2], first_column=0, memory=1.5
+        )
+    with pytest.raises(TypeError, match="parts is PartialStats"):
+        rc.merge_token_stats(rc.partial_token_stats(x, y, first_column=0))
