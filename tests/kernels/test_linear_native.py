@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -215,18 +217,29 @@ def test_finite_differences() -> None:
         torch.autograd.gradcheck(run, leaves)
 
 
-def test_scratch_is_bounded() -> None:
-    """Beside inputs and results, no more than `memory` (and what the statistics of one block take)."""
-    inputs, y = inputs_of(64, 32, 40_000, torch.float32, bias=False), torch.randint(0, 40_000, (64,))
-    limit = 4 << 20
+def peak_of(run: Callable[[], object]) -> int:
+    """Bytes that PyTorch had allocated at one time at most, beyond those before."""
     with torch.profiler.profile(profile_memory=True) as profile:
-        stats(inputs, y, memory=limit)
+        run()
     peak = now = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    assert 0 < peak < 2 * limit < 64 * 40_000 * 4
+    return peak
+
+
+def test_scratch_is_bounded() -> None:
+    """Beside inputs and results, `memory` and what the statistics of one block take; far below the logits."""
+    hidden, weight, _ = inputs_of(64, 32, 40_000, torch.float32, bias=False)
+    y, limit, logits = torch.randint(0, 40_000, (64,)), 1 << 20, 64 * 40_000 * 4
+    forward = peak_of(lambda: stats((hidden, weight, None), y, memory=limit))
+    assert 0 < forward < 2 * limit
+    weight.requires_grad_()
+    loss = stats((hidden, weight, None), y, memory=limit)["logp"].sum()
+    gradient = weight.numel() * 4
+    assert gradient <= peak_of(lambda: torch.autograd.grad(loss, weight)) < gradient + 2 * limit
+    assert 2 * limit < logits / 4
 
 
 # torch.library.opcheck reads .grad of a non-leaf tensor itself.
