@@ -224,19 +224,25 @@ def test_make_installs_once_until_setup_changes(machine: Path) -> None:
     assert installs("demo") == []
 
 
+KERNELS = "python -m raise_kernels.aot --quick"
+
+
 @pytest.mark.parametrize(
     ("failing", "ran"),
     [
-        ("", ["make test", "make lint", "raise-core demo --smoke --out"]),
+        ("", ["make test", "make lint", KERNELS, "raise-core demo --smoke --out"]),
         ("make test", ["make test"]),
         ("make lint", ["make test", "make lint"]),
-        ("raise-core", ["make test", "make lint", "raise-core demo --smoke --out"]),
+        ("python", ["make test", "make lint", KERNELS]),
+        ("raise-core", ["make test", "make lint", KERNELS, "raise-core demo --smoke --out"]),
     ],
 )
 def test_ci_runs_in_order_and_stops_at_a_failure(failing: str, ran: list[str], tmp_path: Path) -> None:
-    steps = {"make": tmp_path / "bin" / "make", "raise-core": tmp_path / ".venv" / "bin" / "raise-core"}
+    installed = tmp_path / ".venv" / "bin"
+    steps = {name: installed / name for name in ("raise-core", "python")}
+    steps["make"] = tmp_path / "bin" / "make"
     for name, path in steps.items():
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         fail = f'case "{name} $*" in "{failing}"*) exit 1;; esac' if failing else ""
         script(path, f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/log\n{fail}\n')
     (tmp_path / ".ci").mkdir()
