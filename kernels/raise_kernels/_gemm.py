@@ -98,6 +98,8 @@ def kind(a: Tensor, *, invariant: bool = True) -> str:
     plain = "widened" if a.dtype in (torch.bfloat16, torch.float16) else "torch"
     if a.device.type != "cpu" or a.dtype not in KINDS or (a.dtype == torch.float32 and not invariant):
         return plain
+    if type(a) not in (Tensor, torch.nn.Parameter):  # one without values, say, has no address to read from
+        return plain
     library = _compiled.library("gemm")
     level = 0 if library is None else library.raise_gemm_level()
     return plain if level == 0 else "avx512_bf16" if level == 2 and a.dtype == torch.bfloat16 else "avx512"
