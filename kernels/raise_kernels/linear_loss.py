@@ -83,7 +83,9 @@ def loss_and_gradient(
         given = {"logp": slope(tile, stats["logp"])}
         weights = coefficients(given, norm, None, None, y[tile] != how.ignore_index)
         dz = run.backward(logits, y[tile], None, norm, weights, plain, place[: len(h)])
-        sums.add(tile, dz, h, w)
+        # dz of a row without a result is 0, but 0 times its NaN would reach every row of the weight.
+        live = torch.stack(weights).ne(0).any(0)
+        sums.add(tile, dz, torch.where(live[:, None], h, 0.0), w)
     per_token = sums.hidden
     return logp, LinearGradient(
         None if per_token is None else linear_engine(engine).collect(per_token, hidden, rows), *sums.result()

@@ -194,3 +194,14 @@ def test_only_what_needs_a_gradient_gets_one_and_inputs_are_unwritten() -> None:
 def test_wrong_arguments(change: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         rc.linear_policy_loss(**{**batch(), **options("grpo"), **change})
+
+
+@pytest.mark.parametrize("impl", ["native", "triton"])
+@pytest.mark.parametrize("memory", [ONE_ROW, None])
+def test_a_nan_hidden_state_reaches_no_gradient(impl: str, memory: int | None) -> None:
+    b = batch()
+    b["hidden"][0, 2, 3] = float("nan")
+    got, made = with_gradients(fused, b, impl=impl, memory=memory, **options("dapo"))
+    assert got.loss.isnan() and got.logp is not None and got.logp.isnan().sum() == 1
+    assert all(g.isfinite().all() for g in made)
+    assert (made[0][0, 2] == 0).all() and (made[1] != 0).any()
