@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from raise_core.ops.rewards import Rewards, confidence_rewards, igsr, scre
     from raise_core.ops.span_ops import span_logp
     from raise_core.ops.stats import TokenStats, linear_token_stats, token_stats
-    from raise_core.scorer import CompletionRows, SamplerCheck, Scorer
+    from raise_core.scoring.scorer import CompletionRows, SamplerCheck, Scorer
 
 __all__ = [
     "CompletionRows",
@@ -73,9 +73,9 @@ _HOME = {
     "PolicyReference": "raise_core.ema",
     "Reference": "raise_core.ema",
     "linear_policy_loss": "raise_core.linear_policy_loss",
-    "CompletionRows": "raise_core.scorer",
-    "SamplerCheck": "raise_core.scorer",
-    "Scorer": "raise_core.scorer",
+    "CompletionRows": "raise_core.scoring.scorer",
+    "SamplerCheck": "raise_core.scoring.scorer",
+    "Scorer": "raise_core.scoring.scorer",
     "candidate_logp": "raise_core.ops.candidates",
     "chosen_impl": "raise_core.ops.impl",
     "parallel_linear_token_stats": "raise_core.ops.parallel",

@@ -11,8 +11,8 @@ from hypothesis import given
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from raise_core.packing import Branch, Pack, Part, Tree, choose, chunks, fill, lay_out
-from raise_core.tree_attention import Layout, MaskRead, TreeMask, attend, dense_mask
+from raise_core.scoring.packing import Branch, Pack, Part, Tree, choose, chunks, fill, lay_out
+from raise_core.scoring.tree_attention import Layout, MaskRead, TreeMask, attend, dense_mask
 from tests.budget import assert_within_error_budget
 
 Draw = Any

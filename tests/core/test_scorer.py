@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import raise_core as rc
-from raise_core.backbone import Backbone
+from raise_core.scoring.backbone import Backbone
 from tests.budget import assert_within_error_budget
 from tests.tiny_models import (
     END,

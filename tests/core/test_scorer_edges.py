@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import raise_core as rc
-from raise_core.scorer_check import head_fault
+from raise_core.scoring.check import head_fault
 from tests.budget import assert_exact, assert_within_error_budget
 from tests.tiny_models import (
     VIDEO_PAD,

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from raise_core.backbone import Backbone
-from raise_core.group_forward import Call, chain, plain_branch, wanted_rows
-from raise_core.packing import Tree
-from raise_core.tree_attention import MaskRead
+from raise_core.scoring.backbone import Backbone
+from raise_core.scoring.group_forward import Call, chain, plain_branch, wanted_rows
+from raise_core.scoring.packing import Tree
+from raise_core.scoring.tree_attention import MaskRead
 
 ROUNDINGS = 8  # tensors that a decoder layer rounds: norms, projections, products, sums
 SLACK = 2.0  # both passes round

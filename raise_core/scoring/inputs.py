@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from raise_core.ops import TokenStats
-from raise_core.packing import Branch, Tree
-from raise_core.prompts import Prompt
+from raise_core.scoring.packing import Branch, Tree
+from raise_core.scoring.prompts import Prompt
 from raise_core.spans import Found, Spans
 
 Completions = Sequence[Sequence[Sequence[int]]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
-from raise_core.tree_attention import Layout
+from raise_core.scoring.tree_attention import Layout
 
 
 @dataclass(frozen=True)

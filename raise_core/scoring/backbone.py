@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raise_core.packing import Pack
-from raise_core.prompts import GRIDS, IMAGE, PIXELS, VIDEO, MediaTokens, Prompt
-from raise_core.tree_attention import TreeMask, dense_mask
+from raise_core.scoring.packing import Pack
+from raise_core.scoring.prompts import GRIDS, IMAGE, PIXELS, VIDEO, MediaTokens, Prompt
+from raise_core.scoring.tree_attention import TreeMask, dense_mask
 
 FAMILIES = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}  # whose media are merged here
 LAYERS = {"full_attention", "sliding_attention"}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raise_core.backbone import Backbone, VisionFeatures
-from raise_core.group_forward import Call, wanted_rows
-from raise_core.packing import Tree, choose
-from raise_core.prompts import IMAGE, VIDEO, Prompt, read_prompts
-from raise_core.scorer_check import group_fault, head_fault
+from raise_core.scoring.backbone import Backbone, VisionFeatures
+from raise_core.scoring.check import group_fault, head_fault
+from raise_core.scoring.group_forward import Call, wanted_rows
+from raise_core.scoring.packing import Tree, choose
+from raise_core.scoring.prompts import IMAGE, VIDEO, Prompt, read_prompts
 
 PACKINGS = ("auto", "packed", "suffix", "plain")
 KINDS = {

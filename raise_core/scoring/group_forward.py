@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raise_core.backbone import Backbone, VisionFeatures
-from raise_core.packing import Pack, Part, Tree, chunks, fill, lay_out
-from raise_core.prompts import Prompt
+from raise_core.scoring.backbone import Backbone, VisionFeatures
+from raise_core.scoring.packing import Pack, Part, Tree, chunks, fill, lay_out
+from raise_core.scoring.prompts import Prompt
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raise_core.backbone import Head, VisionFeatures
 from raise_core.ops import Rewards, TokenStats, confidence_rewards, linear_token_stats
-from raise_core.packing import Branch
 from raise_core.pieces import TokenizerLike
-from raise_core.scorer_engine import Engine
-from raise_core.scorer_inputs import (
+from raise_core.scoring.backbone import Head, VisionFeatures
+from raise_core.scoring.engine import Engine
+from raise_core.scoring.inputs import (
     Completions,
     check_completions,
     packed_spans,
@@ -24,6 +23,7 @@ from raise_core.scorer_inputs import (
     trees,
     whole,
 )
+from raise_core.scoring.packing import Branch
 from raise_core.spans import Found, find_answer_spans
 from raise_core.tags import ANSWER_CLOSE, ANSWER_OPEN
 

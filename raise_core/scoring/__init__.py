@@ -1,0 +1,1 @@
+"""Scoring whole groups: a prompt run once, its completions as branches of a tree."""
