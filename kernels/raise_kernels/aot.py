@@ -1,11 +1,11 @@
 """Compile every kernel variant for every target on a machine without a GPU, and refuse what would run badly.
 
-    python -m raise_kernels.aot [--target sm_90 ...] [--quick] [--only TEXT] [--json FILE]
+    python -m raise_kernels.aot [--target sm_90 ...] [--quick] [--only TEXT] [--jobs N] [--json FILE]
 
 Prints a table and exits with 1 when a variant does not compile, spills registers, exceeds the target's shared
-memory (LDS), reads logits, hidden states or weights by less than 128 bits, multiplies 16-bit operands without
-tensor cores, or needs more than 1.15 exponentials a logit for logp alone. Counts are read from PTX, ptxas and
-the disassembly (NVIDIA) and from the AMDGCN assembly.
+memory (LDS), reads logits, hidden states or weights by less than 128 bits in its main loop, multiplies 16-bit
+operands without tensor cores, or needs more exponentials a logit than `aot_table` allows it (1.15 for logp
+alone). Counts are read from machine code: the disassembly (NVIDIA) and the AMDGCN assembly.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,27 @@ import triton
 from triton.compiler import ASTSource
 
 from raise_kernels.aot_table import TARGETS, Target, Variant, variants
+from raise_kernels.machine_code import (
+    EXP,
+    LOAD,
+    WIDE_LOAD,
+    Instruction,
+    count,
+    main_loop,
+    read_amdgcn,
+    read_sass,
+)
 
-EX2_PER_LOGIT = 1.15
 TYPES = {
     "p_y": "*i64", "p_rows": "*i64", "p_order": "*i64", "p_bounds": "*i64", "p_off": "*i64",
     "p_group": "*i64",
     "p_lo": "*i64", "p_hi": "*i64", "p_bin": "*i64", "p_strict": "*i1", "p_applied": "*i1",
     "stride0": "i64", "stride1": "i64", "stride2": "i64",
 }  # fmt: skip
+HEADER = (
+    f"{'target':8}{'variant':44}{'regs':>5}{'spill':>6}{'shared':>8}"
+    f"{'128-bit':>8}{'other':>7}{'exp2':>6}{'mma':>5}"
+)
 EVEN = ("V", "V_all", "D", "w_stride_v", "width")
 REAL = ("a", "b", "eta", "lam", "log_delta", "tau", "penalty", "min_bonus", "slack", "min_spread")
 
@@ -47,8 +61,9 @@ class Report:
     registers: int = 0
     spills: int = 0
     shared: int = 0
-    wide_loads: int = 0
-    exponentials: int = 0
+    wide_loads: int = 0  # of 128 bits, in the main loop
+    narrow_loads: int = 0  # others there
+    exponentials: int = 0  # in the loop over tiles
     products: int = 0  # tensor-core instructions, where the variant should have some
     faults: list[str] = field(default_factory=list)
 
@@ -83,10 +98,14 @@ def inspect(variant: Variant, target_name: str) -> Report:
         return report
     report.shared = int(compiled.metadata.shared)
     if target.gpu.backend == "cuda":
-        _read_ptx(compiled.asm["ptx"], target, report, variant.product)
+        code = _read_cubin(compiled.asm["cubin"], report)
     else:
-        _read_amdgcn(compiled.asm["amdgcn"], report)
-    report.faults = faults(variant, target, report)
+        code = _read_amdgcn(compiled.asm["amdgcn"], report)
+    try:
+        tally(variant, target, code, report)
+    except ValueError as error:
+        report.faults.append(str(error))
+    report.faults += faults(variant, target, report)
     return report
 
 
@@ -99,46 +118,72 @@ def faults(variant: Variant, target: Target, report: Report) -> list[str]:
         found.append(f"{report.shared} bytes of shared memory, the limit is {target.shared_limit}")
     if variant.warps * target.gpu.warp_size > target.max_threads:
         found.append(f"{variant.warps} warps exceed {target.max_threads} threads")
+    place = "the main loop" if variant.loop else "the kernel"
     if report.wide_loads < variant.wide:
-        found.append(f"{report.wide_loads} 128-bit loads, a tile has {variant.wide}")
+        found.append(f"{report.wide_loads} 128-bit loads in {place}, a tile has {variant.wide}")
+    if variant.narrow is not None and report.narrow_loads > variant.narrow:
+        found.append(f"{report.narrow_loads} loads below 128 bits in {place}, allowed are {variant.narrow}")
     if variant.product and not report.products:
         found.append(f"no {target.product}: the product does not run on tensor cores")
-    if variant.streamed:
-        # Two tiles (the loop's and the tail's) and one rescaling of the lanes at the end.
-        allowed = EX2_PER_LOGIT * 2 * variant.streamed + variant.streamed / variant.constants["U"]
-        if report.exponentials > allowed:
-            found.append(f"{report.exponentials} exponentials for {2 * variant.streamed} logits")
+    if variant.exponentials and report.exponentials > variant.exponentials * variant.logits:
+        limit = f"at most {variant.exponentials} for each"
+        found.append(f"{report.exponentials} exponentials for {variant.logits} logits, wanted {limit}")
     return found
 
 
-def _read_ptx(ptx: str, target: Target, report: Report, product: bool) -> None:
-    # Copies to shared memory that bypass the first cache are 16 bytes long, and loads as well.
-    report.wide_loads = len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared", ptx))
-    report.exponentials = len(re.findall(r"ex2\.approx", ptx))
-    arch = f"sm_{target.gpu.arch}" + ("a" if int(target.gpu.arch) >= 90 else "")
-    blackwell = int(target.gpu.arch) >= 100
-    tool = triton.knobs.nvidia.ptxas_blackwell if blackwell else triton.knobs.nvidia.ptxas
-    with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        log = _run(tool.path, "-v", f"--gpu-name={arch}", str(source), "-o", str(binary)).stderr
-        if product:
-            sass = _run(triton.knobs.nvidia.cuobjdump.path, "-sass", str(binary)).stdout
-            report.products = len(re.findall(rf"\b{target.product}\b", sass))
-    report.registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
-    report.spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+def tally(variant: Variant, target: Target, code: list[Instruction], report: Report) -> None:
+    """Count what `faults` judges, in the loops of `variant`; ValueError where it lacks its main loop."""
+    kernel = range(len(code))
+    main, tiles = main_loop(code, variant.loop) if variant.loop else (kernel, kernel)
+    report.wide_loads = count(code, main, WIDE_LOAD)
+    report.narrow_loads = count(code, main, LOAD) - report.wide_loads
+    report.exponentials = count(code, tiles, EXP)
+    if variant.product:
+        report.products = count(code, main, re.compile(rf"{target.product}\b|{target.product}_f32_\w+_b?f16"))
+
+
+def _read_cubin(binary: bytes, report: Report) -> list[Instruction]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        text = _run(triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name).stdout
+    report.registers = max(int(n) for n in re.findall(r"\bREG:(\d+)", text))
+    # Kernels have no arrays: what is on a stack is what did not fit the registers.
+    report.spills = max(int(n) for n in re.findall(r"\bSTACK:(\d+)", text))
+    return read_sass(text)
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
-def _read_amdgcn(text: str, report: Report) -> None:
-    report.wide_loads = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
-    report.exponentials = len(re.findall(r"v_exp_f32", text))
-    report.products = len(re.findall(r"v_mfma_f32_\w+_(?:bf16|f16)", text))
+def _read_amdgcn(text: str, report: Report) -> list[Instruction]:
     report.registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text))
     report.spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
+    return read_amdgcn(text)
+
+
+def origin() -> dict[str, str]:
+    """What a record is made from: commit of the sources (with + where files are changed) and versions."""
+    folder = Path(__file__).parent
+    asked = ("git", "-C", str(folder), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+")
+    try:
+        commit = _run(*asked).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = ""  # installed without its history
+    return {"commit": commit, "triton": triton.__version__}
+
+
+def row(r: Report) -> str:
+    """A report as a line of the table under `HEADER`."""
+    loads = f"{r.wide_loads:8}{r.narrow_loads:7}"
+    numbers = f"{r.registers:5}{r.spills:6}{r.shared:8}{loads}{r.exponentials:6}{r.products:5}"
+    return f"{r.target:8}{r.variant:44}{numbers}  {'; '.join(r.faults)}"
+
+
+def _inspect_named(target: str, quick: bool, name: str) -> Report:
+    # Kernels do not travel between processes; their names do.
+    return inspect(next(v for v in variants(target, quick) if v.name == name), target)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,28 +192,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="bf16 and the common flags only")
     parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name contains this")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes that compile (default: 1)"
+    )
     parser.add_argument("--json", type=Path, help="write the reports to this file, one JSON object a line")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    reports = []
-    print(
-        f"{'target':8}{'variant':44}{'regs':>5}{'spill':>6}{'shared':>8}{'128-bit':>8}{'exp2':>6}{'mma':>5}"
-    )
-    for name in options.target or TARGETS:
-        for variant in variants(name, options.quick):
-            if options.only not in variant.name:
-                continue
-            r = inspect(variant, name)
-            reports.append(r)
-            numbers = (
-                f"{r.registers:5}{r.spills:6}{r.shared:8}{r.wide_loads:8}{r.exponentials:6}{r.products:5}"
-            )
-            print(f"{r.target:8}{r.variant:44}{numbers}  {'; '.join(r.faults)}", flush=True)
-    if options.json:
-        options.json.write_text("".join(json.dumps(asdict(r)) + "\n" for r in reports))
-    if not reports:
+    jobs = [
+        (name, options.quick, variant.name)
+        for name in options.target or TARGETS
+        for variant in variants(name, options.quick)
+        if options.only in variant.name
+    ]
+    if not jobs:
         parser.error(f"no variant is called {options.only!r}; leave --only out to see them all")
+    print(HEADER)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        reports = []
+        for r in pool.map(_inspect_named, *zip(*jobs, strict=True)):
+            reports.append(r)
+            print(row(r), flush=True)
+    if options.json:
+        options.json.write_text("".join(json.dumps(asdict(r) | origin()) + "\n" for r in reports))
     bad = sum(bool(r.faults) for r in reports)
     print(f"{len(reports)} variants, {bad} refused")
     return 1 if bad else 0

@@ -22,6 +22,7 @@ from raise_kernels import aot
 from raise_kernels.aot_table import TARGETS, Variant, variants
 from raise_kernels.linear_stats import split_width
 from raise_kernels.machine_code import (
+    EXP,
     MACHINES,
     Instruction,
     Machine,
@@ -41,7 +42,6 @@ NAMES = (
     "stats fp32 level 0 rows", "stats fp32 level 1 rows", "stats fp32 level 2 rows",
     "gradient bf16 rows", "linear bf16 level 0", "linear bf16 gradient",
 )  # fmt: skip
-EXP = re.compile(r"MUFU\.EX2|v_exp_f32")
 WIDE = re.compile(r"(?:LDG|STG|LDGSTS)\S*\.128\b|(?:global|buffer)_(?:load|store)_dwordx4")
 PRODUCT = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)|v_mfma_f32_(\d+)x(\d+)x(\d+)")
 

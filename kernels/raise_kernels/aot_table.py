@@ -12,6 +12,7 @@ masks that cost a load for each row or column of a tile.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from raise_kernels import (
     token_topk,
 )
 from raise_kernels._layout import WARPS
+from raise_kernels.machine_code import EXP, LOAD
 
 
 class Target(NamedTuple):
@@ -49,6 +51,12 @@ TARGETS = {
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 BITS = {"fp32": 32, "bf16": 16, "fp16": 19}
 FLAGS = (False, True)
+PRODUCT = re.compile(r"HMMA|HGMMA|UTCHMMA|v_mfma|FFMA")
+# Exponentials of a logit at most, by lanes and level: its own, and its share of a rescaling. That is 1/8, at
+# level 2 1/4, and above level 0 on gfx942 1/2 (`token_stats.COLUMNS`).
+EXPONENTIALS = {32: (1.15, 1.15, 1.28), 64: (1.15, 1.55, 1.55)}
+# A softcap takes one more for tanh, and fewer columns share a rescaling: 1/4 on gfx942, 1/2 at level 2.
+CAPPED_EXPONENTIALS = {32: (2.15, 2.15, 2.55), 64: (2.28, 2.55, 2.55)}
 
 
 class Variant(NamedTuple):
@@ -60,8 +68,14 @@ class Variant(NamedTuple):
     types: dict[str, str]
     warps: int
     stages: int | None = None
-    wide: int = 0  # 128-bit loads that a thread makes of what it streams, of each of its (at most two) tiles
-    streamed: int = 0  # logits in these; counted for logp alone
+    # The main loop, by instructions that it has; without one a program takes one tile, and all is counted.
+    loop: re.Pattern[str] | None = None
+    wide: int = 0  # 128-bit loads that a thread makes of what it streams, of one tile; at least
+    narrow: int | None = None  # other loads in the main loop, at most
+    logits: int = 0  # of a thread in a tile
+    exponentials: float = (
+        0.0  # for each of them in the loop over tiles, at most; 0 where they are not limited
+    )
     product: bool = False  # multiplies on tensor cores
 
 
@@ -90,8 +104,11 @@ def _of_logits(target: Target, dtypes: tuple[str, ...], quick: bool) -> Iterator
             constants,
             {"p_x": f"*{dtype}"},
             WARPS,
+            loop=EXP,
             wide=u * w // threads * ITEM[dtype] // 16,
-            streamed=u * w // threads if level == 0 and not capped else 0,
+            narrow=0,
+            logits=u * w // threads,
+            exponentials=(CAPPED_EXPONENTIALS if capped else EXPONENTIALS)[target.gpu.warp_size][level],
         )
     block = token_stats_backward.BLOCK
     for dtype, capped, rows in itertools.product(dtypes, FLAGS, FLAGS):
@@ -105,14 +122,24 @@ def _of_logits(target: Target, dtypes: tuple[str, ...], quick: bool) -> Iterator
             {"p_x": f"*{dtype}", "p_grad": f"*{dtype}"},
             WARPS,
             wide=block // threads * ITEM[dtype] // 16,
+            logits=block // threads,
+            exponentials=2.15 if capped else 1.15,
         )
     # What `linear_policy_loss` launches for a 16-bit head: fp32 logits of a tile to dz in the head's dtype.
     for dtype, capped in itertools.product([d for d in dtypes if d != "fp32"], FLAGS[: 1 if quick else 2]):
         constants = dict(stride_v=1, HAS_ROWS=False, CAPPED=capped, UNIT=True, ALIGN=4, BLOCK=block)
         types = {"p_x": "*fp32", "p_grad": f"*{dtype}"}
         name = f"loss gradient fp32 to {dtype}{' capped' * capped}"
-        wide = block // threads * 4 // 16
-        yield Variant(name, token_stats_backward._grad_kernel, constants, types, WARPS, wide=wide)
+        yield Variant(
+            name,
+            token_stats_backward._grad_kernel,
+            constants,
+            types,
+            WARPS,
+            wide=block // threads * 4 // 16,
+            logits=block // threads,
+            exponentials=2.15 if capped else 1.15,
+        )
     for level, rows in itertools.product(range(3), FLAGS):
         constants = dict(HAS_ROWS=rows, LEVEL=level, ROWS=token_stats.ROWS)
         yield Variant(f"merge level {level}{' rows' * rows}", token_stats._merge_kernel, constants, {}, 2)
@@ -126,6 +153,7 @@ def _of_hidden(name: str, dtypes: tuple[str, ...], quick: bool) -> Iterator[Vari
         tile = linear_tiles.choose(name, dtype != "fp32", use, capped)
         constants = dict(w_stride_d=1, CAPPED=capped, UNIT=True, WIDE=False) | tile.constants(tile.depth)
         kernel = linear_stats_backward._dlogits_kernel
+        shared = 1.28 if tile.rows == 64 else 1.15
         if use != "gradient":
             kernel = linear_stats._linear_kernel
             constants |= dict(h_stride_d=1, LEVEL=int(use[-1]), ALIGN=16 // ITEM[dtype])
@@ -136,7 +164,13 @@ def _of_hidden(name: str, dtypes: tuple[str, ...], quick: bool) -> Iterator[Vari
             {"p_h": f"*{dtype}", "p_w": f"*{dtype}", "p_dz": f"*{dtype}"},
             tile.warps,
             tile.stages,
+            loop=PRODUCT,
             wide=(tile.rows + tile.columns) * tile.depth * ITEM[dtype] // (16 * tile.warps * lanes),
+            narrow=0,
+            logits=tile.rows * tile.columns // (tile.warps * lanes),
+            # 4 columns share a rescaling where products are fp32 or a tile has 64 rows. A gradient is not
+            # limited: its code is there twice, once for blocks without a scored row.
+            exponentials=0.0 if use == "gradient" else shared + capped,
             product=dtype != "fp32",
         )
     for dtype in dtypes:
@@ -145,7 +179,9 @@ def _of_hidden(name: str, dtypes: tuple[str, ...], quick: bool) -> Iterator[Vari
             ROWS=linear_stats.TARGET_ROWS, COLUMNS=linear_stats.TARGET_COLUMNS,
         )  # fmt: skip
         types = {"p_h": f"*{dtype}", "p_w": f"*{dtype}"}
-        yield Variant(f"linear {dtype} target", linear_stats._target_kernel, constants, types, 4)
+        wide = 2 * linear_stats.TARGET_ROWS * linear_stats.TARGET_COLUMNS * ITEM[dtype] // (16 * 4 * lanes)
+        name = f"linear {dtype} target"
+        yield Variant(name, linear_stats._target_kernel, constants, types, 4, loop=LOAD, wide=wide, narrow=0)
         yield Variant(
             f"linear {dtype} collect",
             linear_stats_backward._collect_kernel,

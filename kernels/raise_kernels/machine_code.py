@@ -44,6 +44,9 @@ MACHINES = {
         512, 32, 65_536,
     ),
 }  # fmt: skip
+EXP = re.compile(r"MUFU\.EX2|v_exp_f32")
+LOAD = re.compile(r"LDG(?:STS)?\.|(?:global|buffer)_load_")  # by lane: what a whole warp shares is read apart
+WIDE_LOAD = re.compile(r"LDG(?:STS)?\S*\.128\b|(?:global|buffer)_load_(?:lds_)?dwordx4")
 SLOW = re.compile(r"v_(?:exp|log|rcp|rsq|sqrt|sin|cos|mul_(?:lo|hi))_")  # quarter rate on gfx942
 
 
@@ -104,6 +107,24 @@ def loops(code: list[Instruction]) -> list[range]:
         else:
             spans.append(range(start, stop))
     return spans
+
+
+def main_loop(code: list[Instruction], mark: re.Pattern[str]) -> tuple[range, range]:
+    """The innermost loop with most instructions that match `mark`, and the outermost loop around it.
+
+    ValueError where no loop has one.
+    """
+    found = {s: n for s in loops(code) if (n := count(code, s, mark))}
+    inner = [s for s in found if not any(t != s and t.start >= s.start and t.stop <= s.stop for t in found)]
+    if not inner:
+        raise ValueError(f"no loop has an instruction like {mark.pattern!r}; count the whole kernel instead")
+    main = max(inner, key=lambda s: found[s])
+    return main, max((s for s in found if s.start <= main.start and main.stop <= s.stop), key=len)
+
+
+def count(code: list[Instruction], where: range, mark: re.Pattern[str]) -> int:
+    """Instructions at the indices `where` that match `mark`."""
+    return sum(bool(mark.match(code[i].text)) for i in where)
 
 
 def leave(code: list[Instruction], loop: range) -> int:

@@ -7,16 +7,62 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from raise_kernels import aot
+from raise_kernels import aot, aot_table, machine_code
 
-SOUND = aot.Report("", "", registers=80, shared=16, wide_loads=8, exponentials=140, products=4)
-STREAM = aot.Variant("stream", None, {"U": 8}, {}, 4, wide=8, streamed=64, product=True)
+SOUND = aot.Report("", "", registers=80, shared=16, wide_loads=8, exponentials=73, products=4)
+STREAM = aot.Variant(
+    "stream",
+    None,
+    {},
+    {},
+    4,
+    loop=machine_code.EXP,
+    wide=8,
+    narrow=0,
+    logits=64,
+    exponentials=1.15,
+    product=True,
+)
+
+# Two logits of a thread in a tile: what is before and after the loop has narrow loads and more exponentials.
+LISTING = """
+        /*0000*/    LDG.E.U16 R1, desc[UR4][R2.64] ;
+        /*0010*/    LDG.E.64 R8, desc[UR4][R2.64] ;
+        /*0020*/    MUFU.EX2 R9, R8 ;
+        /*0030*/    LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0040*/    MUFU.EX2 R4, R4 ;
+        /*0050*/    MUFU.EX2 R5, R5 ;
+        /*0060*/    FMNMX R6, R4, R5, !PT ;
+        /*0070*/    LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0080*/    LDGDEPBAR ;
+        /*0090*/    @P0 BRA 0x30 ;
+        /*00a0*/    MUFU.EX2 R4, R4 ;
+        /*00b0*/    EXIT ;
+"""
+AMDGCN = """
+        global_load_ushort v1, v[2:3], off
+        v_exp_f32_e32 v9, v8
+.LBB0_1:
+        global_load_dwordx4 v[4:7], v[2:3], off
+        buffer_load_dwordx4 v[4:7], v2, s[0:3], 0 offen
+        s_load_dword s0, s[4:5], 0x0
+        v_exp_f32_e32 v4, v4
+        v_exp_f32_e32 v5, v5
+        v_max_f32_e32 v6, v4, v5
+        s_cbranch_scc0 .LBB0_1
+        s_endpgm
+.sgpr_spill_count: 5
+.vgpr_count:     96
+.vgpr_spill_count: 2
+"""
+TWO = STREAM._replace(wide=2, logits=2, product=False)
 
 
 def compiling(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +81,9 @@ def test_a_sound_variant_is_accepted_and_recorded(tmp_path: Path) -> None:
     (report,) = map(json.loads, out.read_text().splitlines())
     assert report["target"] == "sm_90" and report["faults"] == []
     assert report["registers"] > 0 and report["spills"] == 0
-    assert report["wide_loads"] >= 8 and report["exponentials"] >= 64
+    assert report["wide_loads"] == 8 and report["narrow_loads"] == 0
+    assert 64 <= report["exponentials"] <= 1.15 * 64
+    assert report["triton"] == aot.triton.__version__ and "commit" in report
 
 
 def test_kernels_that_would_run_badly_are_refused(tmp_path: Path) -> None:
@@ -55,7 +103,8 @@ def test_kernels_that_would_run_badly_are_refused(tmp_path: Path) -> None:
     ran = compiling(tmp_path, "-c", code)
     assert ran.returncode == 0, ran.stderr
     narrow, spilled, broken, *widened, whole = ran.stdout.splitlines()
-    assert "0 128-bit loads, a tile has 8" in narrow
+    assert "0 128-bit loads in the main loop, a tile has 8" in narrow
+    assert "loads below 128 bits in the main loop, allowed are 0" in narrow
     assert "registers spilled" in spilled
     assert "does not compile" in broken
     for line, instruction in zip(widened, ("HMMA", "HGMMA", "UTCHMMA", "v_mfma"), strict=True):
@@ -67,8 +116,10 @@ def test_kernels_that_would_run_badly_are_refused(tmp_path: Path) -> None:
     ("target", "variant", "counts", "fault"),
     [
         ("sm_90", {}, {"spills": 3}, "3 bytes or registers spilled"),
-        ("sm_90", {}, {"wide_loads": 7}, "7 128-bit loads, a tile has 8"),
-        ("sm_90", {}, {"exponentials": 156}, "156 exponentials for 128 logits"),
+        ("sm_90", {}, {"wide_loads": 7}, "7 128-bit loads in the main loop, a tile has 8"),
+        ("sm_90", {"loop": None}, {"wide_loads": 7}, "7 128-bit loads in the kernel, a tile has 8"),
+        ("sm_90", {}, {"narrow_loads": 1}, "1 loads below 128 bits in the main loop, allowed are 0"),
+        ("sm_90", {}, {"exponentials": 74}, "74 exponentials for 64 logits, wanted at most 1.15 for each"),
         ("gfx942", {}, {"shared": 65_537}, "65537 bytes of shared memory, the limit is 65536"),
         ("gfx942", {"warps": 32}, {}, "32 warps exceed 1024 threads"),
         ("sm_100", {}, {"products": 0}, "no UTCHMMA: the product does not run on tensor cores"),
@@ -81,18 +132,74 @@ def test_each_limit(target: str, variant: dict[str, int], counts: dict[str, int]
     assert aot.faults(STREAM._replace(**variant), how, report) == [fault]
 
 
-def test_amdgcn_counts_by_hand() -> None:
-    report = aot.Report("gfx942", "")
-    text = (
-        "global_load_dwordx4 v[0:3]\nbuffer_load_dwordx4 v[4:7]\nglobal_load_dwordx2 v[8:9]\n"
-        "v_exp_f32_e32 v1, v2\n"
+def tallied(target: str, listing: str, variant: aot.Variant = TWO) -> tuple[list[int], list[str]]:
+    report = aot.Report(target, "")
+    read = aot._read_amdgcn(listing, report) if target == "gfx942" else machine_code.read_sass(listing)
+    aot.tally(variant, aot.TARGETS[target], read, report)
+    report.spills = 0
+    counts = [report.wide_loads, report.narrow_loads, report.exponentials, report.products]
+    return counts, aot.faults(variant, aot.TARGETS[target], report)
+
+
+@pytest.mark.parametrize(
+    ("target", "listing", "wide", "narrow"),
+    [
+        ("sm_90", LISTING, "LDG.E.128", "LDG.E.64"),
+        ("gfx942", AMDGCN, "global_load_dwordx4", "global_load_dwordx2"),
+    ],
+)
+def test_only_the_main_loop_is_counted(target: str, listing: str, wide: str, narrow: str) -> None:
+    assert tallied(target, listing) == ([2, 0, 2, 0], [])
+    counts, found = tallied(target, listing.replace(wide, narrow))
+    assert counts == [1, 1, 2, 0]
+    assert found == [
+        "1 128-bit loads in the main loop, a tile has 2",
+        "1 loads below 128 bits in the main loop, allowed are 0",
+    ]
+    # One more exponential in the loop.
+    counts, found = tallied(target, listing.replace("FMNMX", "MUFU.EX2").replace("v_max_f32", "v_exp_f32"))
+    assert counts == [2, 0, 3, 0]
+    assert found == ["3 exponentials for 2 logits, wanted at most 1.15 for each"]
+
+
+def test_a_program_without_a_loop_is_counted_whole() -> None:
+    counts, found = tallied("sm_90", LISTING, TWO._replace(loop=None, narrow=None, exponentials=2.0))
+    assert counts == [2, 2, 4, 0] and found == []
+    with pytest.raises(ValueError, match="no loop has an instruction like 'HGMMA'"):
+        tallied("sm_90", LISTING, TWO._replace(loop=re.compile("HGMMA")))
+
+
+def test_products_are_those_of_16_bits() -> None:
+    listing = AMDGCN.replace(
+        "v_max_f32_e32 v6, v4, v5",
         "v_mfma_f32_32x32x8_bf16_1k v[0:15], v[16:17], v[18:19], v[0:15]\n"
-        "v_mfma_f32_32x32x2_f32 v[0:15], v16, v17, v[0:15]\n"
-        ".sgpr_spill_count: 5\n.vgpr_count:     96\n.vgpr_spill_count: 2\n"
+        "        v_mfma_f32_32x32x2_f32 v[0:15], v16, v17, v[0:15]",
     )
-    aot._read_amdgcn(text, report)
-    assert (report.wide_loads, report.exponentials, report.registers, report.spills) == (2, 1, 96, 7)
-    assert report.products == 1
+    variant = TWO._replace(product=True, loop=aot_table.PRODUCT)
+    assert tallied("gfx942", listing, variant) == ([2, 0, 2, 1], [])
+    assert tallied("gfx942", AMDGCN, TWO._replace(product=True))[1] == [
+        "no v_mfma: the product does not run on tensor cores"
+    ]
+
+
+def test_registers_and_spills_of_amdgcn() -> None:
+    report = aot.Report("gfx942", "")
+    aot._read_amdgcn(AMDGCN, report)
+    assert (report.registers, report.spills) == (96, 7)
+
+
+def test_a_softcap_has_a_limit_of_its_own() -> None:
+    for target in aot.TARGETS:
+        for variant in aot.variants(target, False):
+            words = variant.name.split()
+            forward = words[0] == "stats" or (words[0] == "linear" and "level" in words)
+            assert (variant.exponentials > 0.0) >= forward, variant.name
+            if forward and "capped" in words:
+                assert 2.0 < variant.exponentials <= 2.55, variant.name
+            elif forward:
+                assert variant.exponentials <= 1.55, variant.name
+            if variant.name.startswith("stats") and "level 0" in variant.name and "capped" not in words:
+                assert variant.exponentials == 1.15 and variant.narrow == 0
 
 
 def test_every_target_has_the_same_variants_and_no_name_twice() -> None:
