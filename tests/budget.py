@@ -17,6 +17,8 @@ from torch import Tensor
 
 PEER_FACTOR = 2.0
 ULPS = 2.0
+FAST_EXP_ULPS = 20  # of the vectorised exponential in PyTorch's attention for the CPU
+ROUNDINGS = 64  # of fp64, in sums of some dozens of terms
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -50,6 +52,29 @@ def assert_within_error_budget(
         raise AssertionError(
             _report(name, f"error above 2 x {peer_error:.3e} + rounding", over, got, want, peer)
         )
+
+
+def assert_within_bound(actual: Tensor, oracle_fp64: Tensor, bound: Tensor, *, name: str) -> None:
+    """Fail where `actual` is further from the oracle than `bound` [its shape], plus one rounding of itself.
+
+    The bound is derived, in fp64 as the oracle, and finite wherever that is. NaN must meet NaN and an
+    infinity the same infinity. What fp32 holds as a subnormal number only may be flushed to 0.
+    """
+    assert oracle_fp64.dtype == bound.dtype == torch.float64, f"{name}: {oracle_fp64.dtype}, {bound.dtype}"
+    assert actual.shape == oracle_fp64.shape == bound.shape, (
+        f"{name}: shapes {tuple(actual.shape)}, {tuple(oracle_fp64.shape)}, {tuple(bound.shape)}"
+    )
+    got, want = actual.detach().cpu().double(), oracle_fp64.detach()
+    finite = want.isfinite()
+    assert bool(bound[finite].isfinite().all()), f"{name}: the bound is {bound[finite]}"
+    same_kind = torch.where(finite, got.isfinite(), (got == want) | (got.isnan() & want.isnan()))
+    if not same_kind.all():
+        raise AssertionError(_report(name, "not the same NaN or infinity", ~same_kind, got, want, bound))
+    info = torch.finfo(actual.dtype)
+    slack = bound + info.eps * want.abs().clamp(min=info.tiny) + torch.finfo(torch.float32).tiny
+    over = finite & ((got - want).abs() > slack)
+    if over.any():
+        raise AssertionError(_report(name, "further off than its bound", over, got, want, slack))
 
 
 def assert_exact(actual: Tensor, expected: Tensor, *, name: str) -> None:
@@ -87,6 +112,40 @@ def assert_at_most(actual: Tensor, bound: Tensor | float, *, name: str) -> None:
     over = ~(got <= limit + slack)
     if over.any():
         raise AssertionError(_report(name, "above its bound", over, got, limit, limit))
+
+
+def assert_equal_but_for_roundings(actual: Tensor, want: Tensor, *, name: str) -> None:
+    """Fail where two fp64 results of sums in another order differ by more than their roundings."""
+    assert actual.dtype == want.dtype == torch.float64, f"{name}: {actual.dtype}, {want.dtype}, not float64"
+    size = max(1.0, float(want.detach().abs().max())) if want.numel() else 1.0
+    assert_at_most((actual - want).abs(), ROUNDINGS * sys.float_info.epsilon * size, name=name)
+
+
+def attention_bounds(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How far attention [.., L, E] and its three gradients may be off: first-order, in fp64.
+
+    A probability exp(s - l) is off by the roundings of s and l, and by those of the CPU's fast exponential;
+    16-bit kernels also round it, and the gradient of the scores, before they multiply.
+    """
+    s = q @ k.transpose(-1, -2) * scale
+    lse = (s + mask).logsumexp(-1, keepdim=True)
+    p = (s + mask - lse).exp()
+    terms = (q.abs() @ k.abs().transpose(-1, -2)) * scale
+    eps = torch.finfo(torch.float32).eps
+    off = 2 * torch.finfo(dtype).eps + eps * (FAST_EXP_ULPS + q.shape[-1] * terms + 4 * (s.abs() + lse.abs()))
+    wrong = 2 * p * off  # of each probability, and as much again from the sum they are divided by
+    reach = grad.abs() @ v.abs().transpose(-1, -2)
+    reach = reach + (p * reach).sum(-1, keepdim=True)  # of dP - sum(p * dP)
+    slope = wrong * reach + p * (wrong * reach).sum(-1, keepdim=True)
+    out = wrong @ v.abs()
+    return (
+        out,
+        scale * slope @ k.abs(),
+        scale * slope.transpose(-1, -2) @ q.abs(),
+        wrong.transpose(-1, -2) @ grad.abs(),
+    )
 
 
 def half_ulp(dtype: torch.dtype) -> float:
@@ -131,6 +190,18 @@ def floor_of(name: str, value: Tensor, size: float, vocab: int) -> Tensor:
     own = value.abs() * (1 + spread * (name in ("entropy", "varentropy")))
     # A KL from uniform near 0 is a difference of numbers of size log V.
     return half_ulp(torch.float32) * (1 + size + own + spread * (name == "self_certainty"))
+
+
+# t = tanh x is off by 2 roundings, z = b * t by one more, t = z / b, as backward finds it again, by another.
+SLOPE_ROUNDINGS = 2 * (2 + 1 + 1) + 2
+
+
+def slope_roundings(softcap: float | None) -> int:
+    """Roundings of 1 that the slope 1 - t^2 of a softcap owes: t^2 doubles those of t and adds two.
+
+    Where the softcap saturates the slope itself is near 0: nothing of its size bounds what cancels there.
+    """
+    return 0 if softcap is None else SLOPE_ROUNDINGS
 
 
 def sum_slack(terms: int) -> float:

@@ -2,8 +2,9 @@
 
 `[prompt | c_1 | … | c_G]` is one sequence. With `scaled_dot_product_attention` the layout itself travels in
 the place of the mask, as a `TreeMask`: PyTorch's own extension point hands the call to `attend`, which never
-forms an [L, L] matrix. It is an argument of the layers like any mask, so recomputation under gradient
-checkpointing sees it too, and the model stays as it is. Other attention code gets `dense_mask`.
+forms an [L, L] matrix and reads a prompt's keys once for all that follow it (`flash_tree`). It is an argument
+of the layers like any mask, so recomputation under gradient checkpointing sees it too, and the model stays as
+it is. Other attention code gets `dense_mask`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from raise_core.scoring.flash_tree import flash_for, plan, tree_attention
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,33 @@ def attend(
 ) -> Tensor:
     """Attention of a packed tree: query [1, H, layout.queries, E]; key, value [1, H, layout.keys, E].
 
-    One call for each node: a prompt is causal, a branch sees the keys of its path. Differentiable. This is
-    the place for an attention that reads the prompt's keys once for all branches.
+    By `flash_tree` where it has kernels (CPU; fp16 and bf16 on a GPU), else a call for each node.
+    Differentiable.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    kernels = flash_for(query, key, value, gqa=enable_gqa) if dropout_p == 0.0 else None
+    if kernels is None:
+        return node_by_node(
+            layout, query, key, value, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
+        )
+    calls = plan(layout.lengths, layout.parents, layout.cached)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return tree_attention(kernels, calls, query, key, value, scale)
+
+
+def node_by_node(
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """One call for each node, a branch's with copies of its path's keys: on every device, with dropout."""
     sizes = list(layout.lengths)
     keys, values = torch.split(key, sizes, 2), torch.split(value, sizes, 2)
     queries = torch.split(query, sizes[layout.cached :], 2)
