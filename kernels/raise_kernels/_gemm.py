@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raise_kernels import _compiled
+from raise_kernels._spare import Spare
 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in csrc/gemm.c
 WIDE = {**dict.fromkeys(KINDS, torch.float32), torch.float64: torch.float64}
@@ -23,7 +24,15 @@ SCRATCH = 8 << 20  # bytes of an fp32 product on its way to a 16-bit tensor
 ALONE = 10_000_000  # multiplications that are not worth a second thread
 
 
-def matmul(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False, invariant: bool = True) -> Tensor:
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    *,
+    out: Tensor,
+    accumulate: bool = False,
+    invariant: bool = True,
+    spare: Spare | None = None,
+) -> Tensor:
     """Write a @ b, or out + a @ b with `accumulate`, to `out` and return it.
 
     a [M, K] and b [K, N] of one dtype, bf16, fp16, fp32 or fp64, with any strides; out [M, N] fp32 (fp64 for
@@ -32,7 +41,7 @@ def matmul(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False, invar
 
     `invariant`: the bits of a row do not depend on M in fp32 either, as they never do in bf16 and fp16; False
     gives fp32 to PyTorch's library. Where `kind` says "torch" or "widened", no bits are promised. The bf16
-    instruction takes subnormal numbers as 0.
+    instruction takes subnormal numbers as 0. `spare`: where widened pieces are kept from call to call.
 
     Raises TypeError for other dtypes, ValueError for shapes, devices and an `out` that do not fit.
     """
@@ -49,7 +58,7 @@ def matmul(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False, invar
             product = torch.mm(a, b, out_dtype=torch.float32)
             out.add_(product) if accumulate else out.copy_(product)
         elif how == "widened":
-            _widened(a, b, out, accumulate)
+            _widened(a, b, out, accumulate, spare or Spare())
         elif out.stride(1) == 1 or out.shape[1] == 1:
             _compiled_product(a, b, out, accumulate)
         else:
@@ -150,12 +159,12 @@ def _torch(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         torch.mm(a, b, out=out)
 
 
-def _widened(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+def _widened(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, spare: Spare) -> None:
     """PyTorch's product of pieces in fp32, in scratch of at most 2 * PIECE elements."""
     depth = min(a.shape[1], DEPTH)
     size = PIECE // depth
-    spare_a = torch.empty(min(size, a.shape[0]) * depth, dtype=torch.float32, device=a.device)
-    spare_b = torch.empty(min(size, b.shape[1]) * depth, dtype=torch.float32, device=b.device)
+    spare_a = spare.take("a", min(size, a.shape[0]) * depth, a, torch.float32)
+    spare_b = spare.take("b", min(size, b.shape[1]) * depth, b, torch.float32)
     for m in range(0, a.shape[0], size):
         for k in range(0, a.shape[1], depth):
             left = _wide(a[m : m + size, k : k + depth], spare_a)

@@ -35,8 +35,9 @@ from raise_kernels._checks import (
     check_stats,
     on_host,
 )
+from raise_kernels._linear_operator import MEMORY_CPU, check_memory
 from raise_kernels._tiles import add_token, finish, merge_partials, no_tokens, scre_of, settle
-from raise_kernels.linear_stats import partial_linear_stats
+from raise_kernels.linear_stats import linear_stats_forward, partial_bytes, partial_linear_stats
 from raise_kernels.token_stats import Partials, partial_stats
 
 MAX_GROUP = 64  # spans of a group: the tiles of 128 spill registers (raise_kernels.aot)
@@ -351,30 +352,39 @@ def confidence_rewards(
     how: LogitMap = PLAIN,
     scre_how: Scre = SCRE,
     igsr_how: Igsr = IGSR,
+    memory: int | None = None,
 ) -> tuple[Tensor, SpanRewards]:
     """Log-probabilities [T] and rewards [S]: two launches from logits [..., V] or `Linear`, one from logp.
 
-    targets, rows [T]; with logp, neither they nor the source are used.
+    targets, rows [T]; with logp, neither they nor the source are used. memory: bytes for what the splits of
+    `Linear` leave, 1.2 KB a token; where they need more, two launches for each of several chunks of tokens
+    come before the one for the rewards. Results do not depend on it.
     """
     partials = None
-    if logp is None:
+    if logp is None and isinstance(source, Linear):
+        logp, partials = _from_hidden(source, targets, rows, how, memory)
+    elif logp is None:
         if source is None:
             raise ValueError("got neither logits nor logp; give one of them")
+        check_stats(source, targets, rows)
         logp = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
-        partials = _first_launch(source, targets, rows, how)
+        if len(targets):
+            partials = partial_stats(source, targets.contiguous(), rows.contiguous(), how, 0)
     result = span_rewards(logp, offsets, score, strict, group, group_size, scre_how, igsr_how, partials)
     return logp, result
 
 
-def _first_launch(source: Tensor | Linear, targets: Tensor, rows: Tensor, how: LogitMap) -> Partials | None:
-    """Numbers of each (row, vocabulary split) of the tokens; None where there are no tokens."""
-    if isinstance(source, Linear):
-        hidden, weight, bias = source
-        check_linear(hidden, weight, bias, targets, rows)
-        if not len(targets):
-            return None
-        return partial_linear_stats(hidden, weight, bias, targets.long(), rows.long(), how, 0)
-    check_stats(source, targets, rows)
-    if not len(targets):
-        return None
-    return partial_stats(source, targets.contiguous(), rows.contiguous(), how, 0)
+def _from_hidden(
+    source: Linear, targets: Tensor, rows: Tensor, how: LogitMap, memory: int | None
+) -> tuple[Tensor, Partials | None]:
+    """Log-probabilities [T], or room for them and the numbers of each (row, vocabulary split)."""
+    hidden, weight, bias = source
+    check_linear(hidden, weight, bias, targets, rows)
+    y, n = targets.long(), rows.long()
+    memory = check_memory(memory, hidden, MEMORY_CPU)
+    if partial_bytes(len(y), how.columns(len(weight)), 0) > memory:
+        return linear_stats_forward(hidden, weight, bias, y, n, how, ("logp",), 1, memory)["logp"], None
+    logp = torch.empty(len(y), dtype=torch.float32, device=y.device)
+    if not len(y):
+        return logp, None
+    return logp, partial_linear_stats(hidden, weight, bias, y, n, how, 0)

@@ -18,6 +18,7 @@ from torch import Tensor
 from raise_kernels._backward import Coefficients, LinearEngine, LinearGradient, Normaliser, collect
 from raise_kernels._checks import LogitMap
 from raise_kernels._gemm import matmul, matmul_rounded, same_dtype
+from raise_kernels._spare import Spare
 from raise_kernels.merge import merge_parts, part_names
 from raise_kernels.native import stats_backward, stats_forward
 
@@ -30,10 +31,10 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def block_logits(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def block_logits(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, spare: Spare | None) -> Tensor:
     """h [T, D] @ w [C, D].T + bias [C] into the leading columns of out [T, >= C], returned as [T, C]."""
     logits = out[: len(h), : len(w)]
-    matmul(h, w.T, out=logits)
+    matmul(h, w.T, out=logits, spare=spare)
     if bias is not None:
         logits += bias
     return logits
@@ -88,9 +89,10 @@ def linear_forward(
     tokens = which.known.nonzero()[:, 0]
     size = max(1, min(MOST_ROWS, memory // (2 * columns * dtype.itemsize)))
     buffer = torch.empty(min(size, len(tokens)), columns, dtype=dtype)
+    spare = Spare()
     for tile in torch.split(tokens, size) if len(tokens) else ():
         h = which.take(tile)
-        stats = _tile_stats(h, weight[:vocab], bias, y[tile], how, names, topk, buffer)
+        stats = _tile_stats(h, weight[:vocab], bias, y[tile], how, names, topk, buffer, spare)
         for name in names:
             out[name][tile] = stats[name]
     return out
@@ -105,6 +107,7 @@ def _tile_stats(
     names: tuple[str, ...],
     topk: int,
     buffer: Tensor,
+    spare: Spare,
 ) -> dict[str, Tensor]:
     wanted = part_names(names)
     from_engine = tuple(name for name in wanted if name != "rank")
@@ -116,15 +119,17 @@ def _tile_stats(
     for start in range(0, len(weight), COLUMNS):
         w = weight[start : start + COLUMNS]
         b = None if bias is None else bias[start : start + len(w)]
-        logits = block_logits(*same_dtype(hidden, w), b, buffer)
+        logits = block_logits(*same_dtype(hidden, w), b, buffer, spare)
         local = (y - start).clamp(0, len(w) - 1)
         mine.append(y - start == local)
-        for name, value in stats_forward(logits, local, None, plain, from_engine, topk).items():
+        for name, value in stats_forward(logits, local, None, plain, from_engine, topk, spare).items():
             parts[name].append(value)
         if target is not None:
-            above = logits > target[:, None]
-            itself = above.gather(1, local[:, None])[:, 0] & mine[-1]
-            parts["rank"].append((above.sum(-1) - itself.long()).to(logits.dtype))
+            # Counted as numbers of one dtype: PyTorch would widen a whole tensor of truth values to int64.
+            above = spare.take("above", logits.numel(), logits, logits.dtype).view(logits.shape)
+            torch.gt(logits, target[:, None], out=above)
+            itself = above.gather(1, local[:, None])[:, 0] * mine[-1]
+            parts["rank"].append(above.sum(-1) - itself)
         if "topk_logp_mean" in names:
             best = torch.cat([best, logits.topk(min(topk, len(w)), -1).values], -1)
             best = best.topk(min(topk, best.shape[-1]), -1).values
@@ -178,23 +183,22 @@ def linear_backward(
     on_bias = torch.zeros_like(bias) if needs[2] and bias is not None else None
     columns = _backward_columns(len(h), vocab, dtype, memory)
     buffer = torch.empty(len(h) * columns, dtype=dtype)
-    low = torch.promote_types(h.dtype, weight.dtype)
+    low, spare = torch.promote_types(h.dtype, weight.dtype), Spare()
     # dz takes the place of the logits, or is rounded at once to what the products take.
     place = buffer if low == dtype else torch.empty_like(buffer, dtype=low)
     for start in range(0, vocab if len(h) else 0, columns):
         block = slice(start, min(start + columns, vocab))
         w = weight[block]
         flat = slice(0, len(h) * len(w))
-        logits = block_logits(
-            *same_dtype(h, w), None if bias is None else bias[block], buffer[flat].view(len(h), -1)
-        )
+        b = None if bias is None else bias[block]
+        logits = block_logits(*same_dtype(h, w), b, buffer[flat].view(len(h), -1), spare)
         local = (y - start).clamp(0, len(w) - 1)
         here = weights._replace(on_target=torch.where(y - start == local, weights.on_target, 0.0))
-        dz = stats_backward(logits, local, None, norm, here, plain, place[flat].view(len(h), -1))
+        dz = stats_backward(logits, local, None, norm, here, plain, place[flat].view(len(h), -1), spare)
         if on_bias is not None:
             on_bias[block] = dz.sum(0, dtype=dtype)
         if needs[0]:
-            matmul(*same_dtype(dz, w), out=on_hidden, accumulate=start > 0)
+            matmul(*same_dtype(dz, w), out=on_hidden, accumulate=start > 0, spare=spare)
         if on_weight is not None:
             matmul_rounded(*same_dtype(dz.T, h), out=on_weight[block])
     whole = rows is None and len(tokens) == len(which.flat)

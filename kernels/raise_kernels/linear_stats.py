@@ -240,6 +240,11 @@ def split_width(vocab: int) -> int:
     return -(-vocab // (SPLITS * MULTIPLE)) * MULTIPLE
 
 
+def partial_bytes(tokens: int, vocab: int, level: int) -> int:
+    """Bytes that the vocabulary splits of this many tokens leave between two launches."""
+    return 4 * FIELDS[level] * triton.cdiv(vocab, split_width(vocab)) * tokens
+
+
 class _Launch(NamedTuple):
     """What every launch of one call has in common."""
 
@@ -352,10 +357,9 @@ def linear_stats_forward(
     level = level_of(names)
     made = [name for level_names in LEVELS[: level + 1] for name in level_names]
     call = _prepare(hidden, weight, bias, how, level)
-    splits = triton.cdiv(call.columns, split_width(call.columns))
     # Whole groups of blocks, so that a chunk ends where the reuse of the weight ends anyway.
     step = GROUP * call.tile.rows
-    size = max(memory // (4 * splits * FIELDS[level]) // step * step, step)
+    size = max(memory // partial_bytes(1, call.columns, level) // step * step, step)
     y = y.contiguous()
     rows = None if rows is None else rows.contiguous()
     parts = [

@@ -23,6 +23,7 @@ from raise_kernels import _operator, native_compiled
 from raise_kernels._backward import Coefficients, Engine, Normaliser
 from raise_kernels._checks import PLAIN, LogitMap
 from raise_kernels._layout import block_rows
+from raise_kernels._spare import Spare
 
 CALL = (
     16384  # elements of several rows that one call may cover: half of what PyTorch starts a second thread for
@@ -36,13 +37,14 @@ INF = math.inf
 class Block:
     """Scratch [buffers, rows + 1, columns] for `rows` rows; buffer 0 holds z when it must be made."""
 
-    def __init__(self, logits: Tensor, how: LogitMap, buffers: int) -> None:
+    def __init__(self, logits: Tensor, how: LogitMap, buffers: int, tokens: int, spare: Spare) -> None:
         self.columns = how.columns(logits.shape[-1])
-        self.rows = block_rows(self.columns)
+        self.rows = min(block_rows(self.columns), max(tokens, 1))
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         # One row more than is filled: a sum over a single row would be split among threads.
         width = -(-self.columns // VECTOR) * VECTOR
-        self.scratch = torch.zeros(buffers, self.rows + 1, width, dtype=self.dtype)
+        shape = (buffers, self.rows + 1, width)
+        self.scratch = spare.take("block", math.prod(shape), logits, self.dtype).view(shape)
         self.logits = (logits if logits.dim() > 1 else logits[None])[..., : self.columns]
         self.how = how
 
@@ -122,16 +124,26 @@ def engine_name(logits: Tensor) -> str:
 
 
 def stats_forward(
-    logits: Tensor, y: Tensor, rows: Tensor | None, how: LogitMap, names: Sequence[str], topk: int
+    logits: Tensor,
+    y: Tensor,
+    rows: Tensor | None,
+    how: LogitMap,
+    names: Sequence[str],
+    topk: int,
+    spare: Spare | None = None,
 ) -> dict[str, Tensor]:
-    """Every name in `names`, "top" (largest z) and "count" (V') too. y and rows [T] int64 -> [T] each."""
+    """Every name in `names`, "top" (largest z) and "count" (V') too. y and rows [T] int64 -> [T] each.
+
+    spare: scratch that the caller keeps from call to call.
+    """
+    spare = spare or Spare()
     library = native_compiled.library_for(logits)
     if library is None:
-        return _blocked_forward(logits, y, rows, how, names, topk)
+        return _blocked_forward(logits, y, rows, how, names, topk, spare)
     own = [name for name in names if name in native_compiled.FIELDS]
     others = [name for name in names if name not in native_compiled.FIELDS]
     out = native_compiled.stats_forward(library, logits, y, rows, how, own) if own else {}
-    return out | (_blocked_forward(logits, y, rows, how, others, topk) if others else {})
+    return out | (_blocked_forward(logits, y, rows, how, others, topk, spare) if others else {})
 
 
 def stats_backward(
@@ -142,16 +154,20 @@ def stats_backward(
     weights: Coefficients,
     how: LogitMap,
     into: Tensor | None = None,
+    spare: Spare | None = None,
 ) -> Tensor:
     """Gradient of logits, in their dtype, for the `weights` of `_backward`; a repeated row adds up.
 
     into: where to write it instead, contiguous and of any float dtype; contiguous logits themselves will do.
+    spare: scratch that the caller keeps from call to call.
     """
+    spare = spare or Spare()
     library = native_compiled.library_for(logits)
     if library is not None:
         return native_compiled.stats_backward(library, logits, y, rows, norm, weights, how, into)
     if into is None:
-        return _blocked_backward(logits, y, rows, norm, weights, how)
+        grad = torch.empty(logits.shape, dtype=logits.dtype)
+        return _blocked_backward(logits, y, rows, norm, weights, how, grad, spare)
     # A block of rows at a time, whose gradient exists beside it until all of it has been read.
     flat, out = logits.reshape(-1, logits.shape[-1]), into.view(-1, logits.shape[-1])
     size = IN_PLACE * block_rows(flat.shape[-1])
@@ -162,17 +178,24 @@ def stats_backward(
         lo, hi = torch.searchsorted(row_of, torch.tensor([start, start + len(block)])).tolist()
         t = order[lo:hi]
         norm_here, weights_here = Normaliser(*(x[t] for x in norm)), Coefficients(*(x[t] for x in weights))
-        grad = _blocked_backward(block, y[t], row_of[lo:hi] - start, norm_here, weights_here, how)
+        grad = spare.take("grad", block.numel(), block, block.dtype).view(block.shape)
+        _blocked_backward(block, y[t], row_of[lo:hi] - start, norm_here, weights_here, how, grad, spare)
         out[start : start + size].copy_(grad)
     return into
 
 
 def _blocked_forward(
-    logits: Tensor, y: Tensor, rows: Tensor | None, how: LogitMap, names: Sequence[str], topk: int
+    logits: Tensor,
+    y: Tensor,
+    rows: Tensor | None,
+    how: LogitMap,
+    names: Sequence[str],
+    topk: int,
+    spare: Spare,
 ) -> dict[str, Tensor]:
     second = "varentropy" in names
     moments = second or bool({"entropy", "self_certainty", "count"} & set(names))
-    block = Block(logits, how, 2 + moments + second)
+    block = Block(logits, how, 2 + moments + second, len(y), spare)
     scored = y != how.ignore_index
     known = scored & (y >= 0) & (y < block.columns)
     if rows is not None:
@@ -230,11 +253,19 @@ def _moments(block: Block, r: int) -> dict[str, Tensor]:
 
 
 def _blocked_backward(
-    logits: Tensor, y: Tensor, rows: Tensor | None, norm: Normaliser, weights: Coefficients, how: LogitMap
+    logits: Tensor,
+    y: Tensor,
+    rows: Tensor | None,
+    norm: Normaliser,
+    weights: Coefficients,
+    how: LogitMap,
+    grad: Tensor,
+    spare: Spare,
 ) -> Tensor:
-    grad = torch.zeros(logits.shape, dtype=logits.dtype)
+    """Gradient of logits into the contiguous `grad`, which is returned."""
+    grad.zero_()
     curved, level = bool(weights.on_p_logp.any()), bool(weights.everywhere.any())
-    block = Block(logits, how, 2 + curved)
+    block = Block(logits, how, 2 + curved, len(y), spare)
     a, b = how.factors
     live = torch.stack(weights).ne(0).any(0)
     repeated = rows is not None and len(torch.unique(rows)) < len(rows)

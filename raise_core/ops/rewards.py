@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raise_core.ops.impl import chosen_impl, kernels
-from raise_core.ops.stats import run_linear_stats, run_stats
+from raise_core.ops.stats import check_memory, run_linear_stats, run_stats
 from raise_kernels import _span_operator, reference
 from raise_kernels._checks import Igsr, LogitMap, Scre, check_tensor, check_whole, on_host
 
@@ -132,6 +132,7 @@ def confidence_rewards(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     valid_vocab: int | None = None,
+    memory: int | None = None,
     impl: str = "auto",
 ) -> Rewards:
     """Rewards of packed answer spans: SCRE where strict, IGSR elsewhere. No gradient.
@@ -141,7 +142,8 @@ def confidence_rewards(
     D] (and bias [V]), or logp [T]. A strict reward is score * SCRE. An empty span and a wrong answer (score
     0) give 0; a score that is NaN or outside [0, 1] gives NaN. group_size: every group must be that many
     adjacent spans; else ValueError where the ids are on the CPU, and NaN for the spans of such a group where
-    only the device knows them. Triton never waits for the device, and takes at most 64 spans a group. The
+    only the device knows them. Triton never waits for the device, and takes at most 64 spans a group.
+    memory: bytes of scratch from hidden states, as in `linear_token_stats`; results do not depend on it. The
     other options are those of `scre`, `igsr` and `token_stats`; no token of a span is ever ignored.
     """
     _check_source(logits, hidden, weight, logp)
@@ -161,17 +163,18 @@ def confidence_rewards(
         valid_vocab=valid_vocab,
     )
     check_groups(spans.group, group_size)
+    check_memory(memory)
     if chosen == "triton":
         confidence = kernels("confidence")
         given = logits if hidden is None else confidence.Linear(hidden, weight, bias)
         logp, result = confidence.confidence_rewards(
             given, spans.rows, spans.targets, logp, spans.offsets, score, strict, spans.group,
-            group_size, how, scre_how, igsr_how,
+            group_size, how, scre_how, igsr_how, memory,
         )  # fmt: skip
     else:
         if hidden is not None and weight is not None:
             logp = run_linear_stats(
-                hidden, weight, spans.targets, bias, spans.rows, how, ("logp",), 20, None, chosen
+                hidden, weight, spans.targets, bias, spans.rows, how, ("logp",), 20, memory, chosen
             )["logp"]
         elif logits is not None:
             logp = run_stats(logits, spans.targets, spans.rows, how, ("logp",), 20, chosen)["logp"]

@@ -132,6 +132,24 @@ def test_two_launches_from_hidden_states(counter: _Counter, group_size: int | No
     compare(got, logp, case)
 
 
+def test_memory_bounds_what_the_splits_leave(counter: _Counter) -> None:
+    """The same bits, in a launch or two more."""
+    case = groups_of(4)
+    count = len(case.logp)
+    source = confidence.Linear(torch.randn(count, 16), torch.randn(700, 16))
+    rows, y = torch.arange(count), torch.randint(0, 700, (count,))
+    enough = 2 * 4 * 3 * count  # two fp32 numbers for each token and split of 256 columns
+    runs = {}
+    for memory in (enough, enough - 1, 1):
+        counter.launches = 0
+        runs[memory] = confidence.confidence_rewards(source, rows, y, None, *case[1:], memory=memory)
+        assert counter.launches == (2 if memory == enough else 3)
+    for logp, got in runs.values():
+        assert_exact(logp, runs[enough][0], name="log-probabilities")
+        for name in confidence.SpanRewards._fields:
+            assert_exact(getattr(got, name), getattr(runs[enough][1], name), name=name)
+
+
 def test_from_hidden_states_of_no_tokens() -> None:
     none, zero = torch.zeros(0, dtype=torch.long), torch.zeros(2)
     source = confidence.Linear(torch.randn(3, 16), torch.randn(20, 16))

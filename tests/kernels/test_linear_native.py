@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raise_kernels import _gemm, _linear_operator, linear_native, reference
+from raise_kernels import _compiled, _gemm, _linear_operator, linear_native, reference
 from raise_kernels._checks import DIFFERENTIABLE, PLAIN, STATS, LogitMap
 from tests.budget import assert_exact, assert_within_error_budget
 from tests.kernels.cases import DTYPES, IGNORED
@@ -240,6 +240,25 @@ def test_scratch_is_bounded() -> None:
     gradient = weight.numel() * 4
     assert gradient <= peak_of(lambda: torch.autograd.grad(loss, weight)) < gradient + 2 * limit
     assert 2 * limit < logits / 4
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scratch_is_allocated_once(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, dtype: torch.dtype
+) -> None:
+    """Allocations summed up, not only their peak: what each block allocates anew leaves holes in the heap."""
+    if not compiled:
+        monkeypatch.setattr(_compiled, "library", lambda _: None)
+    hidden, weight, _ = inputs_of(64, 32, 80_000, dtype, bias=False)
+    y, block = torch.randint(0, 80_000, (64,)), 64 * linear_native.COLUMNS * 4
+    for want in (("logp",), ("logp", "entropy", "rank")):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            stats((hidden, weight, None), y, want=want)
+        sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        large = [size for size in sizes if size > block / 16]
+        assert large and len(large) <= 6
+        assert sum(large) <= 8 * block
 
 
 # torch.library.opcheck reads .grad of a non-leaf tensor itself.
