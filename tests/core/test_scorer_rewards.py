@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import raise_core as rc
+from raise_core.scoring import scorer as scorer_module
 from tests.budget import assert_exact, assert_within_error_budget
 from tests.small_tokenizers import byte_level
 from tests.tiny_models import text_model, text_prompt
@@ -80,13 +81,13 @@ def test_rewards_are_those_of_the_whole_logits(model: Any, packing: str) -> None
 
 def test_only_answers_reach_the_model_and_the_head(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    inner = rc.scorer.confidence_rewards
+    inner = scorer_module.confidence_rewards
 
     def look(spans: rc.Spans, *args: Any, hidden: Tensor, **options: Any) -> rc.Rewards:
         rows.append(hidden.shape[0])
         return inner(spans, *args, hidden=hidden, **options)
 
-    monkeypatch.setattr(rc.scorer, "confidence_rewards", look)
+    monkeypatch.setattr(scorer_module, "confidence_rewards", look)
     found = rc.find_answer_spans(FLAT, byte_level())
     scorer = rc.Scorer(model, self_check=False)
     with fed(model) as lengths:
