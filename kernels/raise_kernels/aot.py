@@ -1,6 +1,7 @@
 """Compile every kernel variant for every target on a machine without a GPU, and refuse what would run badly.
 
-    python -m raise_kernels.aot [--target sm_90 ...] [--quick] [--only TEXT] [--jobs N] [--json FILE]
+    python -m raise_kernels.aot [--target sm_90 ...] [--quick] [--only TEXT] [--set U=8 ...] [--jobs N]
+                                [--json FILE]
 
 Prints a table and exits with 1 when a variant does not compile, spills registers, exceeds the target's shared
 memory (LDS), reads logits, hidden states or weights by less than 128 bits in its main loop, multiplies 16-bit
@@ -14,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ HEADER = (
     f"{'128-bit':>8}{'other':>7}{'exp2':>6}{'mma':>5}"
 )
 EVEN = ("V", "V_all", "D", "w_stride_v", "width")
+STREAMED = ("p_x", "p_h", "p_w")
 REAL = ("a", "b", "eta", "lam", "log_delta", "tau", "penalty", "min_bonus", "slack", "min_spread")
 
 
@@ -78,6 +82,8 @@ def compile_variant(variant: Variant, target: Target) -> Any:
             continue
         default = "*fp32" if name.startswith("p_") else "fp32" if name in REAL else "i32"
         signature[name] = variant.types.get(name, TYPES.get(name, default))
+        if variant.odd and name in STREAMED + EVEN:
+            continue
         if name.startswith("p_") or (name in EVEN and not variant.kernel.params[i].do_not_specialize):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=aligned)
@@ -164,11 +170,11 @@ def _read_amdgcn(text: str, report: Report) -> list[Instruction]:
 
 
 def origin() -> dict[str, str]:
-    """What a record is made from: commit of the sources (with + where files are changed) and versions."""
-    folder = Path(__file__).parent
-    asked = ("git", "-C", str(folder), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+")
+    """What a record is made from: the commit, with + where a kernel is changed, and Triton's version."""
+    git = ("git", "-C", str(Path(__file__).parent))
     try:
-        commit = _run(*asked).stdout.strip()
+        changed = _run(*git, "status", "--porcelain", "--", ".").stdout
+        commit = _run(*git, "rev-parse", "--short=7", "HEAD").stdout.strip() + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         commit = ""  # installed without its history
     return {"commit": commit, "triton": triton.__version__}
@@ -181,9 +187,15 @@ def row(r: Report) -> str:
     return f"{r.target:8}{r.variant:44}{numbers}  {'; '.join(r.faults)}"
 
 
-def _inspect_named(target: str, quick: bool, name: str) -> Report:
+def _inspect_named(target: str, quick: bool, name: str, changed: dict[str, int]) -> Report:
     # Kernels do not travel between processes; their names do.
-    return inspect(next(v for v in variants(target, quick) if v.name == name), target)
+    variant = next(v for v in variants(target, quick) if v.name == name)
+    return inspect(variant._replace(constants=variant.constants | changed), target)
+
+
+def _constant(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    return name, int(value)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -193,30 +205,38 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="bf16 and the common flags only")
     parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name contains this")
     parser.add_argument(
+        "--set", action="append", default=[], type=_constant, metavar="NAME=NUMBER",
+        help="another constant in the variants that have it: U (columns of a lane), PIECE, BT, BV, BD, ...",
+    )  # fmt: skip
+    parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="processes that compile (default: 1)"
     )
-    parser.add_argument("--json", type=Path, help="write the reports to this file, one JSON object a line")
+    parser.add_argument(
+        "--json", type=Path, default=os.devnull, help="write the reports to this file, one JSON object a line"
+    )
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+    changed = dict(options.set)
     jobs = [
-        (name, options.quick, variant.name)
+        (name, options.quick, variant.name, changed)
         for name in options.target or TARGETS
         for variant in variants(name, options.quick)
-        if options.only in variant.name
+        if options.only in variant.name and changed.keys() <= variant.constants.keys()
     ]
     if not jobs:
-        parser.error(f"no variant is called {options.only!r}; leave --only out to see them all")
+        also = f" and has the constants {', '.join(changed)}" if changed else ""
+        parser.error(f"no variant is called {options.only!r}{also}; leave --only out to see them all")
     print(HEADER)
-    with ProcessPoolExecutor(options.jobs) as pool:
-        reports = []
-        for r in pool.map(_inspect_named, *zip(*jobs, strict=True)):
-            reports.append(r)
+    made = origin() | ({"set": changed} if changed else {})
+    bad = 0
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool, open(options.json, "w") as file:
+        every = map if options.jobs == 1 else pool.map
+        for r in every(_inspect_named, *zip(*jobs, strict=True)):
+            bad += bool(r.faults)
             print(row(r), flush=True)
-    if options.json:
-        options.json.write_text("".join(json.dumps(asdict(r) | origin()) + "\n" for r in reports))
-    bad = sum(bool(r.faults) for r in reports)
-    print(f"{len(reports)} variants, {bad} refused")
+            print(json.dumps(asdict(r) | made), file=file, flush=True)
+    print(f"{len(jobs)} variants, {bad} refused")
     return 1 if bad else 0
 
 

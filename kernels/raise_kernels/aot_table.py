@@ -1,7 +1,8 @@
 """The launch table: the targets, and the kernel variants that a launcher asks for on one of them.
 
 That is every one for operands of one dtype with adjacent columns, aligned rows and a hidden size that the
-tiles divide. Others are compiled when they come.
+tiles divide, and of all other forms a sample under limits of its own (`_of_other_forms`): rows that start
+anywhere, columns apart, hidden sizes that tiles do not divide, operands of two dtypes.
 
 Of the linear path only what changes a kernel's code is a flag: dtype, level, softcap. Bias and row list are
 masks that cost a load for each row or column of a tile.
@@ -51,6 +52,7 @@ TARGETS = {
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 BITS = {"fp32": 32, "bf16": 16, "fp16": 19}
 FLAGS = (False, True)
+STRIDES = ("stride_v", "h_stride_d", "w_stride_d")
 PRODUCT = re.compile(r"HMMA|HGMMA|UTCHMMA|v_mfma|FFMA")
 # Exponentials of a logit at most, by lanes and level: its own, and its share of a rescaling. That is 1/8, at
 # level 2 1/4, and above level 0 on gfx942 1/2 (`token_stats.COLUMNS`).
@@ -77,6 +79,7 @@ class Variant(NamedTuple):
         0.0  # for each of them in the loop over tiles, at most; 0 where they are not limited
     )
     product: bool = False  # multiplies on tensor cores
+    odd: bool = False  # sizes, strides and addresses of what is streamed are multiples of nothing
 
 
 def variants(name: str, quick: bool) -> Iterator[Variant]:
@@ -86,6 +89,8 @@ def variants(name: str, quick: bool) -> Iterator[Variant]:
     yield from _of_hidden(name, dtypes, quick)
     yield from _of_topk(dtypes)
     yield from _of_spans(quick)
+    if not quick:
+        yield from _of_other_forms(name)
 
 
 def _of_logits(target: Target, dtypes: tuple[str, ...], quick: bool) -> Iterator[Variant]:
@@ -145,12 +150,12 @@ def _of_logits(target: Target, dtypes: tuple[str, ...], quick: bool) -> Iterator
         yield Variant(f"merge level {level}{' rows' * rows}", token_stats._merge_kernel, constants, {}, 2)
 
 
-def _of_hidden(name: str, dtypes: tuple[str, ...], quick: bool) -> Iterator[Variant]:
+def _of_hidden(name: str, dtypes: tuple[str, ...], quick: bool, loose: bool = False) -> Iterator[Variant]:
     lanes = TARGETS[name].gpu.warp_size
     for dtype, use, capped in itertools.product(
         dtypes, ("level 0", "level 1", "level 2", "gradient"), FLAGS[: 1 if quick else 2]
     ):
-        tile = linear_tiles.choose(name, dtype != "fp32", use, capped)
+        tile = linear_tiles.choose(name, dtype != "fp32", use, capped, loose)
         constants = dict(w_stride_d=1, CAPPED=capped, UNIT=True, WIDE=False) | tile.constants(tile.depth)
         kernel = linear_stats_backward._dlogits_kernel
         shared = 1.28 if tile.rows == 64 else 1.15
@@ -225,3 +230,62 @@ def _of_spans(quick: bool) -> Iterator[Variant]:
         flagged = f"{' sorted' * by_id}{' balanced' * balanced}{' normalized' * normal}"
         name = f"groups of {size} from {source}{flagged}"
         yield Variant(name, confidence._group_kernel, constants, {}, confidence.group_warps(size))
+
+
+def _of_other_forms(name: str) -> Iterator[Variant]:
+    target = TARGETS[name]
+    of_logits = [v for v in _of_logits(target, ("bf16", "fp32"), False) if v.name.endswith(" rows")]
+    for v in of_logits:
+        if v.name.startswith(("stats", "gradient bf16")) and "capped" not in v.name:
+            yield _unaligned(v)
+            if "bf16" in v.name:
+                yield _strided(v)
+    for v in _of_hidden(name, ("bf16",), True):
+        if v.loop is PRODUCT:
+            # Rows still start at multiples of 16 elements.
+            yield v._replace(name=f"{v.name} uneven", constants=v.constants | {"EVEN": False})
+    for v in _of_hidden(name, ("bf16",), True, loose=True):
+        if v.loop is PRODUCT:
+            yield _unaligned(v)
+            yield _strided(v)
+    yield from _of_two_dtypes(name)
+
+
+def _unaligned(v: Variant) -> Variant:
+    """Rows that start anywhere: at most one load for each number, and as many exponentials as ever."""
+    changed = {k: {"ALIGN": 1, "EVEN": False}[k] for k in ("ALIGN", "EVEN") if k in v.constants}
+    numbers = v.wide * 16 // (2 if "bf16" in v.name else 4)
+    narrow = None if v.loop is None else numbers
+    return v._replace(
+        name=f"{v.name} unaligned", constants=v.constants | changed, wide=0, narrow=narrow, odd=True
+    )
+
+
+def _strided(v: Variant) -> Variant:
+    """Columns apart, in rows that start anywhere; limits as `_unaligned`."""
+    constants = {k: c for k, c in _unaligned(v).constants.items() if not k.startswith(STRIDES)}
+    return _unaligned(v)._replace(name=f"{v.name} strided", constants=constants | {"UNIT": False})
+
+
+def _of_two_dtypes(name: str) -> Iterator[Variant]:
+    """Both operands become fp32 in registers, and are multiplied as fp32 ones are."""
+    lanes = TARGETS[name].gpu.warp_size
+    for v in _of_hidden(name, ("fp32",), True):
+        for h, w in (("bf16", "fp32"), ("fp32", "bf16")):
+            if v.loop is None or (h == "fp32" and not v.name.endswith("level 0")):
+                continue
+            c = v.constants
+            if "WIDE" in c:
+                numbers = (c["BT"] * c["BD"], c["BV"] * c["BD"])
+            else:
+                numbers = (c["ROWS"] * c["COLUMNS"],) * 2
+            # Where a thread has less than 128 bits of an operand it loads them at once.
+            bits = [n * ITEM[x] * 8 // (v.warps * lanes) for n, x in zip(numbers, (h, w), strict=True)]
+            flags = {k: f for k, f in (("WIDE", True), ("ALIGN", 16 // ITEM[h])) if k in c}
+            yield v._replace(
+                name=v.name.replace("fp32", f"{h} by {w}"),
+                constants=c | flags,
+                types=v.types | {"p_h": f"*{h}", "p_w": f"*{w}"},
+                wide=sum(b // 128 for b in bits),
+                narrow=sum(b < 128 for b in bits),
+            )

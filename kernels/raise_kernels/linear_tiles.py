@@ -39,7 +39,8 @@ class Tile(NamedTuple):
         }
 
 
-# By target and use; "capped" where a softcap needs another tile. What bounds them, found by compiling:
+# By target and use; "capped" where a softcap needs another tile, "loose" where rows do that start anywhere or
+# have columns apart: each number is a load of its own, with an address and a mask. Bounds found by compiling:
 # sm_80    a thread holds 8 rows of 128 x 128, whose numbers spill at level 2
 # sm_90    128 x 256 reads least, but with 8 warps its sums leave too few registers, with 16 level 1 does
 # sm_100   sums live in tensor memory; 3 stages of 128 x 256 take 144 of 227 KB
@@ -49,6 +50,7 @@ HALVES = {
         "level 0": Tile(128, 128, 32, 8, 4, 128),
         "level 1": Tile(128, 128, 32, 8, 4, 128),
         "level 2": Tile(64, 128, 32, 8, 4, 64),
+        "level 1 loose": Tile(64, 128, 32, 8, 4, 64),
         "gradient": Tile(128, 128, 32, 8, 4, 32),
     },
     "sm_90": {
@@ -71,7 +73,10 @@ HALVES = {
         "level 0 capped": Tile(128, 128, 64, 8, 2, 32),
         "level 1 capped": Tile(128, 128, 64, 8, 2, 32),
         "gradient": Tile(128, 128, 64, 8, 2, 32),
-    },
+    }
+    | dict.fromkeys(
+        ("level 0 loose", "level 1 loose", "level 2 loose", "gradient loose"), Tile(128, 128, 32, 8, 2, 32)
+    ),
 }
 # NVIDIA multiplies fp32 on its ordinary units, from registers: 4 warps spill, and a depth of 32 above level 0
 SINGLES = {
@@ -156,13 +161,22 @@ def family(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def choose(name: str, narrow: bool, use: str, capped: bool) -> Tile:
-    """The entry of the tile table; narrow: both operands have the same 16-bit dtype."""
+def choose(name: str, narrow: bool, use: str, capped: bool, loose: bool = False) -> Tile:
+    """The entry of the tile table.
+
+    narrow: both operands have the same 16-bit dtype; loose: some row has columns apart or an unaligned start.
+    """
     tiles = (HALVES if narrow else SINGLES)[name]
-    return tiles.get(f"{use} capped", tiles[use]) if capped else tiles[use]
+    for form in [" loose"] * loose + [" capped"] * capped:
+        if use + form in tiles:
+            return tiles[use + form]
+    return tiles[use]
 
 
 def tile_for(hidden: Tensor, weight: Tensor, use: str, capped: bool) -> Tile:
     """The tile of a product; `use` is "level 0", "level 1", "level 2" or "gradient"."""
     narrow = hidden.dtype == weight.dtype and hidden.dtype != torch.float32
-    return choose(family(hidden.device), narrow, use, capped)
+    loose = any(
+        x.stride(-1) != 1 or any(s * x.element_size() % 16 for s in x.stride()[:-1]) for x in (hidden, weight)
+    )
+    return choose(family(hidden.device), narrow, use, capped, loose)

@@ -62,6 +62,7 @@ AMDGCN = """
 .vgpr_count:     96
 .vgpr_spill_count: 2
 """
+OTHER_FORM = re.compile(r"uneven|unaligned|strided|by \w+")
 TWO = STREAM._replace(wide=2, logits=2, product=False)
 
 
@@ -199,16 +200,45 @@ def test_a_softcap_has_a_limit_of_its_own() -> None:
             elif forward:
                 assert variant.exponentials <= 1.55, variant.name
             if variant.name.startswith("stats") and "level 0" in variant.name and "capped" not in words:
-                assert variant.exponentials == 1.15 and variant.narrow == 0
+                assert variant.exponentials == 1.15 and (variant.narrow == 0) != variant.odd
 
 
 def test_every_target_has_the_same_variants_and_no_name_twice() -> None:
     names = [[v.name for v in aot.variants(target, False)] for target in aot.TARGETS]
     assert all(n == names[0] for n in names)
     assert len(set(names[0])) == len(names[0])
-    of_statistics = [n for n in names[0] if n.split()[0] in ("stats", "gradient", "merge")]
+    regular = [n for n in names[0] if not OTHER_FORM.search(n)]
+    of_statistics = [n for n in regular if n.split()[0] in ("stats", "gradient", "merge", "topk")]
     assert len(of_statistics) <= 60
-    assert len([n for n in names[0] if n.split()[0] == "linear"]) == 30
+    assert len([n for n in regular if n.split()[0] == "linear"]) == 30
+    for operation in ("stats", "gradient", "linear"):
+        assert 0 < len([n for n in names[0] if n.split()[0] == operation]) <= 60
+    assert not any(OTHER_FORM.search(v.name) for v in aot.variants("sm_90", True))
+
+
+@pytest.mark.parametrize("target", list(aot.TARGETS))
+def test_other_forms_are_what_launchers_ask_for(target: str) -> None:
+    """A sample of what is not regular, each under a limit that its name states."""
+    found = {v.name: v for v in aot.variants(target, False) if OTHER_FORM.search(v.name)}
+    assert len(found) == 29
+    for name, v in found.items():
+        form = OTHER_FORM.findall(name)[-1].split()[0]
+        assert (v.constants["UNIT"] is False) == (form == "strided"), name
+        assert v.odd == (form in ("unaligned", "strided")), name
+        if form == "strided":
+            assert not any(key.startswith(aot_table.STRIDES) for key in v.constants), name
+        if v.odd:
+            assert v.constants.get("ALIGN", 1) == 1 and v.constants.get("EVEN", False) is False, name
+            # A load for each number, and no more; an ordinary form's are 128 bits.
+            assert v.wide == 0 and (v.narrow is None) == name.startswith("gradient"), name
+        if form == "uneven":
+            assert v.constants["EVEN"] is False and v.narrow == 0 and v.wide > 0, name
+        if form == "by" and "target" not in name:
+            assert v.constants["WIDE"] is True and v.types["p_h"] != v.types["p_w"], name
+            assert not v.product and v.types["p_dz"] == "*fp32", name
+    loads = {name: v.narrow for name, v in found.items() if name.startswith("stats bf16 level 0")}
+    assert loads == dict.fromkeys(loads, 64) and len(loads) == 2
+    assert found["linear bf16 by fp32 level 0"].wide == 3  # 1 of hidden, 2 of the weight
 
 
 def test_nothing_is_compiled_under_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +247,20 @@ def test_nothing_is_compiled_under_the_interpreter(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         aot.main([])
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_a_constant_can_be_tried(tmp_path: Path) -> None:
+    """What a tile was chosen against: 8 columns of a lane at level 2 exceed gfx942's scalar registers."""
+    out = tmp_path / "reports.jsonl"
+    ran = compiling(
+        tmp_path, "-m", "raise_kernels.aot", "--target", "gfx942", "--quick", "--only", "stats bf16 level 2",
+        "--set", "U=8", "--json", str(out), "--jobs", "2",
+    )  # fmt: skip
+    assert ran.returncode == 1 and ran.stdout.splitlines()[-1] == "1 variants, 1 refused"
+    (report,) = map(json.loads, out.read_text().splitlines())
+    assert report["set"] == {"U": 8} and report["spills"] > 0
+    ran = compiling(tmp_path, "-m", "raise_kernels.aot", "--only", "merge", "--set", "BT=8")
+    assert ran.returncode == 2 and "no variant is called 'merge' and has the constants BT" in ran.stderr
 
 
 def test_a_name_that_no_variant_has(tmp_path: Path) -> None:
