@@ -10,6 +10,7 @@ from tests.budget import (
     assert_at_most,
     assert_exact,
     assert_rank,
+    assert_within_bound,
     assert_within_error_budget,
     less_exact,
     no_better_than,
@@ -37,6 +38,28 @@ def test_a_bad_peer_widens_the_budget_by_twice_its_error() -> None:
     assert_within_error_budget(torch.tensor([1.5, 0.0]), want, peer, name="twice")
     with pytest.raises(AssertionError, match="thrice"):
         assert_within_error_budget(torch.tensor([1.75, 0.0]), want, peer, name="thrice")
+
+
+def test_a_bound_holds_for_each_element_alone() -> None:
+    want, ulp = oracle(1.0, 1.0, 0.0), torch.finfo(torch.float32).eps
+    bound = oracle(4 * ulp, 0.0, 0.0)
+    near = torch.tensor([1.0 + 5 * ulp, 1.0 + ulp, 1e-39])
+    assert_within_bound(near, want, bound, name="within")
+    for k, value in enumerate((1.0 + 6 * ulp, 1.0 + 2 * ulp, 2e-38)):
+        off = near.clone()
+        off[k] = value
+        with pytest.raises(AssertionError, match=r"1 of 3; worst at \("):
+            assert_within_bound(off, want, bound, name="off")
+
+
+def test_a_bound_is_finite_and_no_number_meets_nan() -> None:
+    want, inf = oracle(1.0, float("nan"), float("inf")), float("inf")
+    free = oracle(1e9, inf, inf)
+    assert_within_bound(want.float(), want, free, name="same")
+    with pytest.raises(AssertionError, match="NaN or infinity"):
+        assert_within_bound(torch.tensor([1.0, 1.0, inf]), want, free, name="a number")
+    with pytest.raises(AssertionError, match="the bound is"):
+        assert_within_bound(want.float(), want, oracle(inf, inf, inf), name="no bound")
 
 
 @pytest.mark.parametrize(

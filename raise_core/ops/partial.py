@@ -134,8 +134,9 @@ def merge_token_stats(parts: Sequence[PartialStats]) -> TokenStats:
                 f"{_asked(part)}; make all of them by one call's arguments"
             )
     _check_columns([(part.first_column, part.columns) for part in ordered], first.valid_vocab)
-    merged, _ = merge_shards([part.values.flatten(1) for part in ordered], first.fields, first.want)
     shape = first.values.shape[1:]
+    tokens = [part.values.reshape(len(first.fields), shape.numel()) for part in ordered]
+    merged, _ = merge_shards(tokens, first.fields, first.want)
     return TokenStats(**{name: value.view(shape) for name, value in merged.items()})
 
 
@@ -169,7 +170,7 @@ def _partial(
     at = place(shard, y, n, first, how)
     values = shard_values(shard, at, n, names, topk, target_logit)
     return PartialStats(
-        values=values.view(-1, *targets.shape),
+        values=values.view(len(values), *targets.shape),
         fields=fields(names, topk),
         want=names,
         topk=topk,

@@ -12,7 +12,7 @@ from torch import Tensor
 import raise_core as rc
 from raise_kernels import reference
 from raise_kernels._checks import STATS, LogitMap
-from tests.budget import assert_exact, assert_rank, assert_within_error_budget
+from tests.budget import assert_exact, assert_rank, assert_within_error_budget, close_to
 from tests.kernels.cases import IGNORED, permuted_peers
 from tests.kernels.linear_cases import Case, stats_of
 
@@ -99,6 +99,32 @@ def test_what_a_shard_holds_can_be_sent() -> None:
     owner = torch.stack([part.values[0] for part in parts])
     assert (owner[:, 0, 3] == -1).all(), "an ignored target is nobody's"
     assert owner[:, 1].sum(0).tolist() == [0.0, 1.0, 1.0, 1.0, 1.0]
+
+
+@every_impl
+@pytest.mark.parametrize("rows", [None, []])
+def test_one_row_without_a_leading_axis_and_no_rows(impl: str, rows: list[int] | None) -> None:
+    x, hidden, weight = torch.randn(96), torch.randn(1, 24), torch.randn(96, 24)
+    y = torch.tensor(40 if rows is None else rows, dtype=torch.long)
+    named = {} if rows is None else {"rows": y}
+    cuts: list[dict[str, Any]] = [{"first_column": a, "want": ("logp",), "impl": impl} for a, _ in BOUNDS]
+    parts = [
+        rc.partial_token_stats(x[a:b], y, **named, **cut) for (a, b), cut in zip(BOUNDS, cuts, strict=True)
+    ]
+    oracle = reference.token_stats(x.double(), y, **named)["logp"]
+    peer = reference.token_stats(x, y, **named)["logp"]
+    logp = rc.merge_token_stats(parts).logp
+    assert logp is not None and logp.shape == y.shape
+    assert_within_error_budget(logp, oracle, close_to(oracle) if rows is None else peer, name="logp")
+    linear = [
+        rc.partial_linear_token_stats(hidden if rows == [] else hidden[0], weight[a:b], y, **named, **cut)
+        for (a, b), cut in zip(BOUNDS, cuts, strict=True)
+    ]
+    oracle = reference.linear_token_stats(hidden.double(), weight.double(), y.view(-1), rows=y.view(-1) * 0)
+    logp = rc.merge_token_stats(linear).logp
+    assert logp is not None and logp.shape == y.shape
+    want = oracle["logp"].view(y.shape)
+    assert_within_error_budget(logp, want, close_to(want, 4), name="logp from hidden states")
 
 
 def test_leaves_no_graph_behind() -> None:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from raise_kernels import native, reference, token_stats
 from raise_kernels._checks import PLAIN, STATS, LogitMap
-from tests.budget import assert_rank, assert_within_error_budget, floor_of, half_ulp, less_exact, rank_slack
+from tests.budget import (
+    assert_rank,
+    assert_within_error_budget,
+    floor_of,
+    half_ulp,
+    less_exact,
+    rank_slack,
+    slope_roundings,
+)
 
 Stats = Callable[..., dict[str, Tensor]]
 IMPLS: dict[str, Stats] = {
@@ -118,19 +126,43 @@ def judge_gradient(
     """Hold d (sum of up * statistics) / d logits of `impl` to the budget of fp32 autograd."""
     actual = gradient(IMPLS[impl], logits, y, up, how=how, **kw)
     assert actual.dtype == logits.dtype and actual.shape == logits.shape
-    oracle = gradient(reference.token_stats, logits.double(), y, up, how=how, **kw)
-    columns = how.columns(logits.shape[-1])
-    # p is rounded at 1, z at its size; every upstream gradient and the slope of z multiply that
-    reach = sum(float(u.abs().max()) for u in up.values() if u.numel()) * how.factors[0] * how.factors[1]
-    floor = half_ulp(torch.float32) * (1 + size_of_z(logits, how)) * reach
-    worst = (oracle + floor).to(logits.dtype)
-    for k in range(3):
-        peer = torch.zeros_like(oracle)
-        part = gradient(reference.token_stats, logits[..., :columns].float(), y, up, how=folded(how, k), **kw)
-        peer[..., :columns] = part.double()
-        worst = less_exact(worst, peer.to(logits.dtype), oracle)
+    oracle, worst = gradient_budget(logits, y, up, how, **kw)
     assert_within_error_budget(actual, oracle, worst, name=f"{impl} gradient of {tuple(up)}")
     return actual
+
+
+def gradient_budget(
+    logits: Tensor, y: Tensor, up: dict[str, Tensor], how: LogitMap = PLAIN, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(oracle, least exact of its peers) of d (sum of up * statistics) / d logits."""
+    named = {} if rows is None else {"rows": rows}
+    oracle = gradient(reference.token_stats, logits.double(), y, up, how=how, **named)
+    columns = how.columns(logits.shape[-1])
+    # p is rounded at 1, z at its size; every upstream gradient and the slope of z multiply that
+    reach = upstream_of_rows(logits, up, rows) * how.factors[0] * how.factors[1]
+    roundings = 1 + size_of_z(logits, how) + slope_roundings(how.softcap)
+    worst = (oracle + half_ulp(torch.float32) * roundings * reach).to(logits.dtype)
+    for k in range(3):
+        peer = torch.zeros_like(oracle)
+        part = gradient(
+            reference.token_stats, logits[..., :columns].float(), y, up, how=folded(how, k), **named
+        )
+        peer[..., :columns] = part.double()
+        worst = less_exact(worst, peer.to(logits.dtype), oracle)
+    return oracle, worst
+
+
+def upstream_of_rows(logits: Tensor, up: dict[str, Tensor], rows: Tensor | None) -> float:
+    """The most that |up| of all statistics adds up to over the tokens of one row."""
+    each = sum(u.abs().double().reshape(-1) for u in up.values())
+    assert isinstance(each, Tensor)
+    if not each.numel():
+        return 0.0
+    if rows is None:
+        return float(each.max())
+    total = logits.shape[:-1].numel()
+    inside = (rows >= 0) & (rows < total)
+    return float(each.new_zeros(total + 1).index_add(0, torch.where(inside, rows, total), each)[:-1].max())
 
 
 def some_targets(draw: st.DrawFn, g: torch.Generator, vocab: int, shape: tuple[int, ...]) -> Tensor:

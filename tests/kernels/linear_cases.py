@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raise_kernels import reference
 from raise_kernels._checks import LogitMap
-from tests.budget import floor_of, half_ulp, less_exact, rank_slack, rounding
+from tests.budget import floor_of, half_ulp, less_exact, rank_slack, rounding, slope_roundings
 from tests.kernels.cases import DTYPES, IGNORED, folded, some_targets, strided
 
 ONE = half_ulp(torch.float32)
@@ -167,26 +167,32 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def gradients_of(case: Case, slopes: Slopes, want: Sequence[str], tiles: int = 1) -> tuple[
-    Gradients, Gradients
-]:  # fmt: skip
+def gradients_of(
+    case: Case, slopes: Slopes, want: Sequence[str], tiles: int = 1, gathered: bool = False
+) -> tuple[Gradients, Gradients]:
     """(oracle, least exact of its peers): gradients of what has these slopes in the statistics.
 
     A peer rounds dz to 16 bits where the operands have 16, as autograd does. tiles: sums of that many tiles
-    are added up in the dtype of the weight, one rounding each.
+    are added up in the dtype of the weight, one rounding each. gathered: so are the rows of weight and bias,
+    one for each token, that autograd hands back.
     """
     exact = by_token(case, torch.float64)
     dz = _dz(case, exact, slopes, want, 0)
     oracle = _products(case, exact, dz, dz)
     a, b = case.how.factors
     # What p owes to its logit's rounding and its own, times the slope of z; then the rounding of dz.
-    of_dz = (ONE * (1 + exact.size() * a * b) * _reach(case, exact, slopes, want))[:, None]
+    roundings = 1 + exact.size() * a * b + slope_roundings(case.how.softcap)
+    of_dz = (ONE * roundings * _reach(case, exact, slopes, want))[:, None]
     of_dz = of_dz + rounding(dz, case.low if case.low.itemsize == 2 else torch.float32)
     sizes = exact._replace(hidden=exact.hidden.abs(), weight=exact.weight.abs())
     floor = _products(case, sizes, of_dz, of_dz)
+    if gathered:
+        tiles = len(case.y.reshape(-1)) + 1
     if tiles > 1:
         whole = _products(case, sizes, dz.abs(), dz.abs())
         floor = floor._replace(weight=floor.weight + tiles * rounding(whole.weight, case.weight.dtype))
+        if gathered and case.bias is not None and floor.bias is not None and whole.bias is not None:
+            floor = floor._replace(bias=floor.bias + tiles * rounding(whole.bias, case.bias.dtype))
     made = []
     for k in range(3):
         part = by_token(case, torch.float32, k)

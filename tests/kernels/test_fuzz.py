@@ -6,104 +6,39 @@ RAISE_FUZZ=long python -m pytest tests/kernels/test_fuzz.py     10,000 examples 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import raise_core as rc
 from raise_core.policy_loss import policy_loss
-from raise_kernels import _compiled
 from raise_kernels._checks import DIFFERENTIABLE, LogitMap
 from tests.budget import assert_rank, assert_within_error_budget, no_better_than
-from tests.kernels.cases import judge, judge_gradient, names_of, rows_of_logits, some_targets
+from tests.kernels.cases import judge, judge_gradient, names_of, rows_of_logits
+from tests.kernels.fuzz import (
+    fuzzed,
+    generator,
+    memories,
+    report_count,
+    running,
+    some_rows,
+    upstream,
+    wanted,
+)
 from tests.kernels.linear_cases import Case, gradients_of, rows_of_hidden, stats_of
 
-ENGINES = {"floor": "native", "compiled": "native", "triton": "triton"}
+__all__ = ["report_count"]
 PATHS = ("logits", "logits_gradient", "hidden", "hidden_gradient", "policy_loss")
 LONG = {"floor": 900, "compiled": 900, "triton": 220}  # examples of each path
-COUNT: dict[tuple[str, str], int] = {}
 
 # What numpy says in the interpreter where all of a tile is NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
-Test = Callable[..., None]
 
 
-def fuzzed(**strategies: Any) -> Callable[[Test], Test]:
-    """The test of one path, once for each engine, with as many examples as the profile gives it."""
-
-    def decorate(test: Test) -> Test:
-        @pytest.mark.parametrize("engine", list(ENGINES))
-        def run_examples(engine: str) -> None:
-            count = LONG[engine] if os.environ.get("RAISE_FUZZ") == "long" else 20
-            # Numbers come from a seed: shrinking would take minutes and make no case easier to read.
-            phases = (Phase.explicit, Phase.reuse, Phase.generate)
-            examples = given(**strategies)(test)
-            settings(max_examples=count, phases=phases)(examples)(engine=engine)
-
-        run_examples.__name__ = test.__name__
-        return run_examples
-
-    return decorate
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _count(request: pytest.FixtureRequest) -> Iterator[None]:
-    COUNT.clear()
-    yield
-    plugins = request.config.pluginmanager
-    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
-        counted = ", ".join(f"{engine} {path} {count}" for (engine, path), count in COUNT.items())
-        print(f"\n{sum(COUNT.values())} random examples: {counted}")
-
-
-@contextmanager
-def running(engine: str, path: str, *inputs: Tensor | None) -> Iterator[str]:
-    """The implementation of an engine for one example, which is counted and must not write its inputs."""
-    if engine == "compiled" and _compiled.library("token_stats") is None:
-        pytest.skip("no C compiler here")
-    stored = [x.untyped_storage() for x in inputs if x is not None]
-    before = [bytes(s) for s in stored]
-    torch.manual_seed(0)  # of the peers' orders
-    COUNT[engine, path] = COUNT.get((engine, path), 0) + 1
-    with pytest.MonkeyPatch.context() as patch:
-        if engine == "floor":
-            patch.setenv(_compiled.SWITCH, "0")
-        yield ENGINES[engine]
-    assert [bytes(s) for s in stored] == before, "an input was written"
-
-
-def wanted(data: st.DataObject, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(data.draw(st.permutations(sorted(data.draw(st.sets(st.sampled_from(names), min_size=1))))))
-
-
-def some_rows(data: st.DataObject, logits: Tensor, y: Tensor, how: LogitMap) -> tuple[Tensor, dict[str, Any]]:
-    """Targets as they are, or of named rows, repeated and outside ones among them."""
-    if not data.draw(st.booleans()):
-        return y, {}
-    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    total, count = logits.shape[:-1].numel(), data.draw(st.integers(0, 9))
-    rows = torch.randint(0, total, (count,), generator=g)
-    rows[torch.rand(count, generator=g) < 0.1] = data.draw(st.sampled_from([-1, total, 2**40]))
-    return some_targets(data.draw, g, how.columns(logits.shape[-1]), (count,)), {"rows": rows}
-
-
-def upstream(data: st.DataObject, names: tuple[str, ...], y: Tensor) -> dict[str, Tensor]:
-    """Gradients from above, one of them expanded now and then."""
-    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    up = {name: torch.randn(y.shape, generator=g) for name in names}
-    if data.draw(st.booleans()):
-        up[names[0]] = torch.randn((), generator=g).expand(y.shape)
-    return up
-
-
-@fuzzed(data=st.data(), case=rows_of_logits())
+@fuzzed(LONG, data=st.data(), case=rows_of_logits())
 def test_logits(engine: str, data: st.DataObject, case: tuple[Tensor, Tensor, LogitMap]) -> None:
     logits, y, how = case
     y, options = some_rows(data, logits, y, how)
@@ -115,7 +50,7 @@ def test_logits(engine: str, data: st.DataObject, case: tuple[Tensor, Tensor, Lo
     assert all(value.shape == y.shape for value in got.values())
 
 
-@fuzzed(data=st.data(), case=rows_of_logits(largest=300))
+@fuzzed(LONG, data=st.data(), case=rows_of_logits(largest=300))
 def test_logits_gradient(engine: str, data: st.DataObject, case: tuple[Tensor, Tensor, LogitMap]) -> None:
     logits, y, how = case
     y, options = some_rows(data, logits, y, how)
@@ -132,10 +67,7 @@ def run(case: Case, impl: str, **options: Any) -> rc.TokenStats:
     return rc.linear_token_stats(case.hidden, case.weight, case.y, **case.options(), **options, impl=impl)
 
 
-memories = st.sampled_from([None, 1, 5000])
-
-
-@fuzzed(data=st.data(), case=rows_of_hidden())
+@fuzzed(LONG, data=st.data(), case=rows_of_hidden())
 def test_hidden(engine: str, data: st.DataObject, case: Case) -> None:
     with running(engine, "hidden", *tensors(case)) as impl:
         want = wanted(data, names_of(impl))
@@ -166,7 +98,7 @@ def judge_inputs(engine: str, given: list[Tensor], case: Case, *judges: Any) -> 
         assert_within_error_budget(value, oracle[k], peer[k], name=name)
 
 
-@fuzzed(data=st.data(), case=rows_of_hidden())
+@fuzzed(LONG, data=st.data(), case=rows_of_hidden())
 def test_hidden_gradient(engine: str, data: st.DataObject, case: Case) -> None:
     names = wanted(data, DIFFERENTIABLE)
     up = upstream(data, names, case.y)
@@ -185,12 +117,12 @@ def test_hidden_gradient(engine: str, data: st.DataObject, case: Case) -> None:
 OFF = torch.tensor([0.0, 0.0, 0.1, -0.1, 0.5, -0.5, 2.0, -25.0])
 
 
-@fuzzed(data=st.data(), case=rows_of_hidden(every_token=True))
+@fuzzed(LONG, data=st.data(), case=rows_of_hidden(every_token=True))
 def test_policy_loss(engine: str, data: st.DataObject, case: Case) -> None:
     count = case.y.numel()
     stats, peers, _ = stats_of(case, ("logp",))
     exact, near = stats["logp"].reshape(-1), peers["logp"].reshape(-1)
-    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    g = generator(data)
 
     def shifted() -> Tensor:
         return (exact - OFF[torch.randint(len(OFF), (count,), generator=g)]).float()
@@ -244,5 +176,5 @@ KL = st.sampled_from(["k1", "k2", "k3"])
 
 
 def test_the_long_run_is_of_ten_thousand_examples() -> None:
-    assert sum(LONG[engine] for engine in ENGINES) * len(PATHS) >= 10_000
+    assert sum(LONG.values()) * len(PATHS) >= 10_000
     assert all(f"test_{path}" in globals() for path in PATHS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,38 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raise_kernels import native, reference, reference_engine, token_stats
-from raise_kernels._backward import Coefficients, Engine, Normaliser, coefficients
+from raise_kernels._backward import Coefficients, Engine, Normaliser
 from raise_kernels._checks import DIFFERENTIABLE, PLAIN, STATS, LogitMap
 from raise_kernels.merge import CALL, merge_parts, part_names
-from raise_kernels.parallel import (
-    LogitShard,
-    Place,
-    fields,
-    merge_shards,
-    place,
-    shard_gradient,
-    shard_values,
-)
+from raise_kernels.parallel import LogitShard, fields, shard_gradient
 from tests.budget import assert_exact, assert_within_error_budget, half_ulp, less_exact, no_better_than
+from tests.kernels import shards
 from tests.kernels.cases import IGNORED, folded, gradient, permuted_peers, rows_of_logits
+from tests.kernels.shards import EVERYTHING, Cut
 
 INF, NAN = float("inf"), float("nan")
 ENGINES = {"definition": reference_engine.ENGINE, "native": native.ENGINE, "triton": token_stats.ENGINE}
 every_engine = pytest.mark.parametrize("engine", list(ENGINES))
 TOPK = 5
-# What the statistics and their gradient need.
-EVERYTHING = (*STATS, "top", "count")
-
-
-class Cut(NamedTuple):
-    """Logits in shards, with what each shard gives."""
-
-    shards: list[LogitShard]
-    at: list[Place]
-    values: list[Tensor]
-
-    def merged(self) -> tuple[dict[str, Tensor], Tensor]:
-        return merge_shards(self.values, fields(EVERYTHING, TOPK), EVERYTHING)
 
 
 def cut(
@@ -52,12 +32,8 @@ def cut(
 ) -> Cut:
     """x [..., V] cut before the columns `cuts`, in fp64 for the definition: there the merge alone can err."""
     x = x.double() if engine is reference_engine.ENGINE else x
-    bounds = [0, *cuts, x.shape[-1]]
-    shards = [LogitShard(engine, x[..., a:b]) for a, b in pairwise(bounds)]
-    at = [place(s, y.reshape(-1), rows, first, how) for s, first in zip(shards, bounds, strict=False)]
-    pairs = list(zip(shards, at, strict=True))
-    limit = torch.stack([s.target_logits(p, rows) for s, p in pairs]).sum(0)
-    return Cut(shards, at, [shard_values(s, p, rows, EVERYTHING, TOPK, limit) for s, p in pairs])
+    made = [LogitShard(engine, x[..., a:b]) for a, b in pairwise([0, *cuts, x.shape[-1]])]
+    return shards.cut(made, y.reshape(-1), rows, how, TOPK)
 
 
 def some_cuts(data: st.DataObject, vocab: int) -> list[int]:
@@ -113,14 +89,7 @@ def test_any_cut_gives_the_gradient_of_the_whole_row(
 
 
 def gradient_of_parts(parts: Cut, up: dict[str, Tensor], rows: Tensor | None = None) -> Tensor:
-    merged, scored = parts.merged()
-    norm = Normaliser(merged["top"], merged["max_logp"])
-    weights = coefficients(up, norm, merged["entropy"], merged["count"], scored)
-    made = [
-        shard_gradient(shard, at, rows, norm, weights, (True,))[0]
-        for shard, at in zip(parts.shards, parts.at, strict=True)
-    ]
-    return torch.cat([g for g in made if g is not None], -1)
+    return torch.cat([g for (g,) in parts.gradients(up, rows, 1) if g is not None], -1)
 
 
 @every_engine
@@ -200,7 +169,7 @@ def test_bits_do_not_depend_on_the_other_tokens() -> None:
     parts = cut(native.ENGINE, x, y, PLAIN, [7, 30])
     merged, _ = parts.merged()
     for chosen in (slice(0, 1), slice(699, 700), slice(16383, 16386), slice(17000, 17250)):
-        alone = Cut(parts.shards, parts.at, [v[:, chosen] for v in parts.values])
+        alone = parts._replace(values=[v[:, chosen] for v in parts.values])
         for name, value in alone.merged()[0].items():
             assert_exact(value, merged[name][chosen], name=name)
 
