@@ -17,7 +17,7 @@ class Spare:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """`count` elements [count] of undefined values on the device of `like`; takes of a name share them."""
+        """`count` elements [count] of undefined values on the device of `like`, shared by name."""
         kept = self._kept.get((name, dtype))
         if kept is None or len(kept) < count:
             kept = self._kept[name, dtype] = torch.empty(count, dtype=dtype, device=like.device)

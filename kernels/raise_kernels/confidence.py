@@ -361,23 +361,32 @@ def confidence_rewards(
     come before the one for the rewards. Results do not depend on it.
     """
     partials = None
-    if logp is None and isinstance(source, Linear):
-        logp, partials = _from_hidden(source, targets, rows, how, memory)
-    elif logp is None:
+    if logp is None:
         if source is None:
             raise ValueError("got neither logits nor logp; give one of them")
-        check_stats(source, targets, rows)
-        logp = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
-        if len(targets):
-            partials = partial_stats(source, targets.contiguous(), rows.contiguous(), how, 0)
+        if isinstance(source, Linear):
+            logp, partials = _from_hidden(source, targets, rows, how, memory)
+        else:
+            logp, partials = _from_logits(source, targets, rows, how)
     result = span_rewards(logp, offsets, score, strict, group, group_size, scre_how, igsr_how, partials)
     return logp, result
+
+
+def _from_logits(
+    source: Tensor, targets: Tensor, rows: Tensor, how: LogitMap
+) -> tuple[Tensor, Partials | None]:
+    """Room for log-probabilities [T], and the numbers of each (row, vocabulary split) to make them from."""
+    check_stats(source, targets, rows)
+    logp = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
+    if not len(targets):
+        return logp, None
+    return logp, partial_stats(source, targets.contiguous(), rows.contiguous(), how, 0)
 
 
 def _from_hidden(
     source: Linear, targets: Tensor, rows: Tensor, how: LogitMap, memory: int | None
 ) -> tuple[Tensor, Partials | None]:
-    """Log-probabilities [T], or room for them and the numbers of each (row, vocabulary split)."""
+    """As `_from_logits`; or log-probabilities [T] alone, where the splits leave more than `memory`."""
     hidden, weight, bias = source
     check_linear(hidden, weight, bias, targets, rows)
     y, n = targets.long(), rows.long()

@@ -99,10 +99,13 @@ def linear_token_stats(
 ) -> dict[str, Tensor]:
     """`token_stats` of the logits hidden @ weight.T + bias. hidden [..., D], weight [V, D], bias [V]."""
     check_linear(hidden, weight, bias, targets, rows)
-    logits = wide(hidden) @ wide(weight).T
-    if bias is not None:
-        logits = logits + wide(bias)
+    logits = _linear_logits(hidden, weight, bias)
     return token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
+
+
+def _linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = wide(hidden) @ wide(weight).T
+    return logits if bias is None else logits + wide(bias)
 
 
 def candidate_logp(
@@ -115,6 +118,21 @@ def candidate_logp(
     each = n.repeat_interleave(candidates.shape[-1])
     logp = token_stats(logits, candidates.reshape(-1), rows=each, how=how)["logp"]
     return logp.view(candidates.shape)
+
+
+def linear_candidate_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    candidates: Tensor,
+    *,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    how: LogitMap = PLAIN,
+) -> Tensor:
+    """`candidate_logp` of the logits hidden @ weight.T + bias. hidden [..., D], weight [V, D], bias [V]."""
+    check_candidates(candidates, hidden.device)
+    check_linear(hidden, weight, bias, candidates[..., 0], rows)
+    return candidate_logp(_linear_logits(hidden, weight, bias), candidates, rows=rows, how=how)
 
 
 def _row_stats(
