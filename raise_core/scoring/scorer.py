@@ -91,6 +91,7 @@ class Scorer:
         impl: str = "auto",
     ) -> None:
         self._engine = Engine(model, packing, max_tokens, self_check)
+        self.model = model
         self.impl = impl
 
     def head(self) -> Head:

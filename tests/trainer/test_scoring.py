@@ -11,7 +11,6 @@ from raise_trainer import tiny, world
 from raise_trainer.clips import write_mp4
 from raise_trainer.data import Row
 from raise_trainer.evaluate import judge, summary
-from raise_trainer.forward import forward
 from raise_trainer.prompts import PromptBuilder
 from raise_trainer.rollout import Rollout
 from raise_trainer.scoring import Scored, score, share_of_equal_groups
@@ -58,11 +57,12 @@ def rolled(processor: Any, tmp_path_factory: pytest.TempPathFactory) -> Rollout:
             references=seen),
     ]  # fmt: skip
     completions = [processor.tokenizer(t)["input_ids"] for t in (*STRICT, *OPEN)]
-    return Rollout([builder(row) for row in rows], completions, [], [0] * G + [1] * G)
+    none = [torch.zeros(len(c)) for c in completions]
+    return Rollout([builder(row) for row in rows], completions, none, none, [0] * G + [1] * G)
 
 
 def scored(rolled: Rollout, model: Any, processor: Any, kind: Any) -> Scored:
-    return score(rolled, model, processor.tokenizer, group_size=G, kind=kind)
+    return score(rolled, rc.Scorer(model), processor.tokenizer, group_size=G, kind=kind)
 
 
 def test_accuracy_rewards_are_the_text_scores(rolled: Rollout, model: Any, processor: Any) -> None:
@@ -75,12 +75,10 @@ def test_accuracy_rewards_are_the_text_scores(rolled: Rollout, model: Any, proce
 
 def test_confidence_rewards_come_from_the_reference(rolled: Rollout, model: Any, processor: Any) -> None:
     got = scored(rolled, model, processor, "scre-igsr")
-    hidden = forward(model, rolled.prompts, rolled.completions, rolled.owner)
-    rows = torch.log_softmax(model.lm_head(hidden.states), -1).detach()
+    stats = [s for group in rc.Scorer(model).token_stats(rolled.inputs, rolled.groups) for s in group]
     for b in (0, 2):  # the right answers: SCRE of the span's tokens alone
         span = got.found[b]
-        at = hidden.first_rows[b]
-        logp = torch.stack([rows[at + j, rolled.completions[b][j]] for j in range(span.start, span.stop)])
+        logp = stats[b].logp.detach()[span.start : span.stop]
         assert span.text == "B. green" and len(logp) == 3
         assert_exact(got.reward[b], rc.scre(logp, torch.tensor([0, 3]))[0], name="SCRE")
         assert got.confidence[b] == got.reward[b] > 0
@@ -125,16 +123,16 @@ def test_an_empty_evaluation_has_no_nan() -> None:
 def test_grpo_raises_what_has_advantage_and_sft_its_targets(rolled: Rollout, processor: Any) -> None:
     model = tiny.build_model(processor, seed=0)
     before = scored(rolled, model, processor, "accuracy")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer, policy = torch.optim.SGD(model.parameters(), lr=0.05), rc.Scorer(model)
     advantage = rc.group_advantages(before.reward, torch.tensor(rolled.owner))
-    figures = grpo_step(model, optimizer, rolled, advantage, before.logp_ref, kind="dr_grpo", max_length=28)
+    figures = grpo_step(policy, optimizer, rolled, advantage, before.logp_ref, kind="dr_grpo", max_length=28)
     assert figures["kl"] == 0.0 and figures["ratio_mean"] == 1.0
     lengths = [len(c) for c in rolled.completions]
     change = scored(rolled, model, processor, "accuracy").logp_ref - before.logp_ref
     by_completion = torch.stack([c.sum() for c in change.split(lengths)])
     assert (by_completion * advantage).sum() > 0
     losses = [
-        sft_step(model, optimizer, rolled.prompts, [rolled.completions[0], rolled.completions[4]])["loss"]
+        sft_step(policy, optimizer, rolled.prompts, [rolled.completions[0], rolled.completions[4]])["loss"]
         for _ in range(3)
     ]
     assert losses[2] < losses[1] < losses[0]
@@ -147,9 +145,8 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(rolled: Rollout, pro
     kept = {name: weight.clone() for name, weight in model.state_dict().items()}
     bad = torch.full((2 * G,), float("nan"))
     zeros = torch.zeros(sum(map(len, rolled.completions)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(UserError, match="the loss is nan"):
-        grpo_step(
-            model, torch.optim.SGD(model.parameters(), lr=1.0), rolled, bad, zeros, kind="grpo", max_length=28
-        )
+        grpo_step(rc.Scorer(model), optimizer, rolled, bad, zeros, kind="grpo", max_length=28)
     for name, weight in model.state_dict().items():
         assert_exact(weight, kept[name], name=name)

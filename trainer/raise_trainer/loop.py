@@ -67,13 +67,14 @@ def run_sft(
 ) -> None:
     """`steps` supervised steps on `warm_batch` examples each."""
     model.train()
+    scorer = rc.Scorer(model)
     batches = _batches(examples, config.warm_batch, random.Random(f"{config.seed} {name}"))
     optimizer = _adamw(model, config.warm_lr)
     with log.stage(name, steps) as stage:
         for step in range(steps):
             _set_lr(optimizer, config.warm_lr, step, steps)
             batch = next(batches)
-            figures = sft_step(model, optimizer, [e.prompt for e in batch], [e.target for e in batch])
+            figures = sft_step(scorer, optimizer, [e.prompt for e in batch], [e.target for e in batch])
             log.write(name, step, **figures)
             stage.advance(loss=figures["loss"])
 
@@ -90,6 +91,7 @@ def run_grpo(
 ) -> None:
     """GRPO with the configured reward."""
     reference = rc.EmaReference(model, decay=config.ema_decay)
+    policy, judge_of_confidence = rc.Scorer(model), rc.Scorer(reference.model)
     optimizer = _adamw(model, config.grpo_lr)
     batches = _batches(prompts, config.prompts, random.Random(f"{config.seed} grpo"))
     generator = torch.Generator(model.device).manual_seed(config.seed)
@@ -105,14 +107,19 @@ def run_grpo(
                 generator=generator,
                 **sampling,
             )
-            scored = score(
-                rollout, reference.model, tokenizer, group_size=config.group_size, kind=config.reward
-            )
+            with reference.active():
+                scored = score(
+                    rollout,
+                    judge_of_confidence,
+                    tokenizer,
+                    group_size=config.group_size,
+                    kind=config.reward,
+                )
             group = torch.tensor(rollout.owner)
             advantage = rc.group_advantages(scored.reward, group, min_std=config.min_std)
             model.train()
             figures = grpo_step(
-                model,
+                policy,
                 optimizer,
                 rollout,
                 advantage,

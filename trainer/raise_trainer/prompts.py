@@ -13,22 +13,32 @@ from .errors import BadRow
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One preprocessed video: patches, their grid, seconds per temporal patch; its questions share it."""
+    """One preprocessed video; its questions share it.
 
-    patches: Tensor  # [t*h*w, patch_dim]
-    grid: Tensor  # [1, 3] patches along t, h, w
-    seconds_per_grid: float
+    inputs: patches [t*h*w, patch_dim], grid [1, 3], seconds of a temporal patch, as the model names them.
+    """
+
+    inputs: dict[str, Any]
     thumbnails: Tensor  # [F, H, W, 3] uint8, for the report
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One question ready for the model; `ids` ends where the completion starts."""
+    """One question ready for the model.
+
+    inputs: what a `raise_core.Scorer` takes for one prompt; its input_ids [1, L] end where the completion
+    starts. thumbnails [F, H, W, 3] uint8: what was seen.
+    """
 
     row: Row
-    ids: Tensor  # [L] int64
-    media_kind: Tensor  # [L] 0 text, 1 image, 2 video
-    clip: Clip
+    inputs: dict[str, Any]
+    thumbnails: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids [L]."""
+        ids: Tensor = self.inputs["input_ids"][0]
+        return ids
 
 
 class PromptBuilder:
@@ -59,12 +69,10 @@ class PromptBuilder:
                 return_tensors="pt",
             )
             sampled_fps = len(read.indices) / read.total * read.fps
-            self._clips[row.path] = Clip(
-                patches=video["pixel_values_videos"],
-                grid=video["video_grid_thw"],
-                seconds_per_grid=self.processor.video_processor.temporal_patch_size / sampled_fps,
-                thumbnails=read.pixels,
-            )
+            seconds = self.processor.video_processor.temporal_patch_size / sampled_fps
+            names = ("pixel_values_videos", "video_grid_thw")
+            inputs = {name: video[name] for name in names} | {"second_per_grid_ts": [seconds]}
+            self._clips[row.path] = Clip(inputs, read.pixels)
         return self._clips[row.path]
 
     def __call__(self, row: Row) -> Prompt:
@@ -75,18 +83,18 @@ class PromptBuilder:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         pad = self.processor.video_token
-        merged = int(clip.grid.prod()) // self.processor.video_processor.merge_size**2
+        merged = int(clip.inputs["video_grid_thw"].prod()) // self.processor.video_processor.merge_size**2
         if text.count(pad) != 1:
             raise BadRow(
                 f"row {row.problem_id}: the text holds the media token {pad!r}; remove it from `problem`"
             )
-        ids = self.processor.tokenizer(text.replace(pad, pad * merged), return_tensors="pt")["input_ids"][0]
-        if len(ids) > self.max_length:
+        ids = self.processor.tokenizer(text.replace(pad, pad * merged), return_tensors="pt")["input_ids"]
+        if ids.shape[1] > self.max_length:
             raise BadRow(
-                f"row {row.problem_id}: the prompt has {len(ids)} tokens, "
+                f"row {row.problem_id}: the prompt has {ids.shape[1]} tokens, "
                 f"the context leaves {self.max_length}; sample fewer frames or shorten the question"
             )
-        return Prompt(row, ids, (ids == self.processor.video_token_id).int() * 2, clip)
+        return Prompt(row, {"input_ids": ids, **clip.inputs}, clip.thumbnails)
 
 
 def target_ids(row: Row, tokenizer: Any) -> list[int]:

@@ -123,7 +123,7 @@ def _samples(
 
 def _strip(prompt: Prompt) -> str:
     """The sampled frames side by side, as an <img> source."""
-    frames = prompt.clip.thumbnails
+    frames = prompt.thumbnails
     strip = frames.permute(1, 0, 2, 3).flatten(1, 2).numpy()  # [H, F*W, 3]
     buffer = io.BytesIO()
     Image.fromarray(strip).save(buffer, format="png")

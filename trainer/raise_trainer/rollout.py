@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .forward import prefill
+import raise_core as rc
+from raise_core.scoring.backbone import Backbone
+
+from .prefill import prefill
 from .prompts import Prompt
+
+SHRINK = 0.75  # of the rows still growing: then those that have ended leave the batch
 
 
 @dataclass(frozen=True)
@@ -16,14 +21,28 @@ class Rollout:
     """B = P*G sampled completions, the G of a prompt adjacent.
 
     completions: token ids up to and including the end-of-sequence token (which a truncated one lacks).
-    logp: per completion, log-probability [nats] of each sampled token at temperature 1 over the whole
-    vocabulary. owner: per completion, the index of its prompt.
+    logp, entropy: per completion, of each sampled token at temperature 1 over the whole vocabulary [nats].
+    owner: per completion, the index of its prompt.
     """
 
     prompts: list[Prompt]
     completions: list[list[int]]
     logp: list[Tensor]
+    entropy: list[Tensor]
     owner: list[int]
+
+    @property
+    def inputs(self) -> list[dict[str, Any]]:
+        """The prompts as a `raise_core.Scorer` takes them."""
+        return [p.inputs for p in self.prompts]
+
+    @property
+    def groups(self) -> list[list[list[int]]]:
+        """Completions by prompt."""
+        found: list[list[list[int]]] = [[] for _ in self.prompts]
+        for owner, ids in zip(self.owner, self.completions, strict=True):
+            found[owner].append(ids)
+        return found
 
 
 @torch.no_grad()
@@ -40,45 +59,51 @@ def sample(
 ) -> Rollout:
     """Sample until every completion has ended or `max_new_tokens` are reached; temperature 0 is greedy.
 
-    suppress: token ids never sampled. The media placeholders must be among them: one of those in a
-    completion makes the next forward pass look for a video that is not there.
+    suppress: token ids never sampled. The media placeholders belong there: a user of the text would take one
+    for a medium that is not there.
     """
-    b = len(prompts) * group_size
+    backbone, b = Backbone(model), len(prompts) * group_size
     owner = [i // group_size for i in range(b)]
-    start = prefill(model, prompts, max_new_tokens).select(owner)
-    hidden, mask, device = start.last, start.mask, start.last.device
-    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    ended = torch.zeros(b, dtype=torch.bool, device=device)
-    tokens, logps = [], []
+    start = prefill(backbone, [p.inputs for p in prompts], max_new_tokens).select(owner)
+    never = torch.tensor(list(suppress), dtype=torch.long, device=start.last.device)
+    head, hidden, mask = model.get_output_embeddings(), start.last, start.mask
+    growing = list(range(b))  # the completion of each row
+    completions: list[list[int]] = [[] for _ in range(b)]
+    logp: list[list[float]] = [[] for _ in range(b)]
+    entropy: list[list[float]] = [[] for _ in range(b)]
     for step in range(max_new_tokens):
-        logits = head(hidden).float()  # [B, V]
-        token = _pick(logits, temperature, suppress, generator)
-        logps.append(torch.log_softmax(logits, -1).gather(1, token[:, None])[:, 0])
-        tokens.append(torch.where(ended, eos, token))
-        ended |= token == eos
-        if bool(ended.all()) or step == max_new_tokens - 1:
+        logits = head(hidden).float()  # [rows, V]
+        token = _pick(logits, temperature, never, generator)
+        stats = rc.token_stats(logits, token, want=("logp", "entropy"))
+        ids = token.tolist()
+        ended = [completions[c][-1:] == [eos] for c in growing]
+        for c, over, *values in zip(
+            growing, ended, ids, stats.logp.tolist(), stats.entropy.tolist(), strict=True
+        ):
+            if not over:
+                for kept, value in zip((completions, logp, entropy), values, strict=True):
+                    kept[c].append(value)
+        open_rows = [row for row, c in enumerate(growing) if completions[c][-1] != eos]
+        if not open_rows or step == max_new_tokens - 1:
             break
-        mask = torch.cat([mask, mask.new_ones(b, 1)], 1)
-        hidden = model.model.language_model(
-            inputs_embeds=embed(token)[:, None],
+        if len(open_rows) <= SHRINK * len(growing):
+            rows = torch.tensor(open_rows, device=token.device)
+            start, mask, token = start.select(open_rows), mask[rows], token[rows]
+            growing = [growing[row] for row in open_rows]
+        mask = torch.cat([mask, mask.new_ones(len(growing), 1)], 1)
+        where = start.position_ids[:, :, step : step + 1]
+        hidden = backbone.decoder(
+            inputs_embeds=model.get_input_embeddings()(token)[:, None],
             attention_mask=mask,
-            position_ids=start.following(step, step + 1),
+            position_ids=where if backbone.family else where[0],
             past_key_values=start.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-
-    completions, kept = [], []
-    for row, logp in zip(torch.stack(tokens, 1).tolist(), torch.stack(logps, 1), strict=True):
-        n = row.index(eos) + 1 if eos in row else len(row)
-        completions.append(row[:n])
-        kept.append(logp[:n])
-    return Rollout(list(prompts), completions, kept, owner)
+    as_tensors = [[torch.tensor(row) for row in rows] for rows in (logp, entropy)]
+    return Rollout(list(prompts), completions, *as_tensors, owner)
 
 
-def _pick(
-    logits: Tensor, temperature: float, suppress: Sequence[int], generator: torch.Generator | None
-) -> Tensor:
-    never = torch.tensor(list(suppress), dtype=torch.long, device=logits.device)
+def _pick(logits: Tensor, temperature: float, never: Tensor, generator: torch.Generator | None) -> Tensor:
     allowed = logits.index_fill(1, never, float("-inf"))
     if temperature == 0:
         return allowed.argmax(-1)

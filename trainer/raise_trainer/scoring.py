@@ -10,7 +10,6 @@ from torch import Tensor
 import raise_core as rc
 
 from .config import RewardKind
-from .forward import forward
 from .rollout import Rollout
 
 
@@ -34,8 +33,10 @@ class Scored:
 
 
 @torch.no_grad()
-def score(rollout: Rollout, reference: Any, tokenizer: Any, *, group_size: int, kind: RewardKind) -> Scored:
-    """Score a rollout.
+def score(
+    rollout: Rollout, scorer: rc.Scorer, tokenizer: Any, *, group_size: int, kind: RewardKind
+) -> Scored:
+    """Score a rollout under the reference that `scorer` holds; call where that reference is active.
 
     kind: "scre-igsr" rewards right answers by the reference's confidence in them (SCRE for strict rows, IGSR
     for open ones); "accuracy" rewards by the text score alone. Both log the same figures.
@@ -45,15 +46,14 @@ def score(rollout: Rollout, reference: Any, tokenizer: Any, *, group_size: int, 
     verdicts = [row.verdict(t) for row, t in zip(rows, text, strict=True)]
     text_score = torch.tensor([verdict.score for verdict in verdicts])
     found = rc.find_answer_spans(rollout.completions, tokenizer)
-    hidden = forward(reference, rollout.prompts, rollout.completions, rollout.owner)
-    logits = reference.get_output_embeddings()(hidden.states[hidden.completion_rows(rollout.completions)])
-    targets = torch.tensor([t for c in rollout.completions for t in c], device=logits.device)
-    first_rows = torch.tensor([0, *(len(c) for c in rollout.completions[:-1])]).cumsum(0)
-    spans = rc.build_spans(found, rollout.completions, first_rows, rollout.owner).to(logits.device)
+    states, head = scorer.completion_rows(rollout.inputs, rollout.groups), scorer.head().options()
+    device, first_rows = states.hidden.device, states.offsets[:-1].cpu()
+    spans = rc.build_spans(found, rollout.completions, first_rows, rollout.owner).to(device)
     strict = torch.tensor([row.strict for row in rows])
     got = rc.confidence_rewards(
-        spans, text_score.to(logits.device), strict.to(logits.device), logits=logits, group_size=group_size
+        spans, text_score.to(device), strict.to(device), hidden=states.hidden, group_size=group_size, **head
     )
+    logp_ref = rc.linear_token_stats(states.hidden, targets=states.targets, **head).logp
     reward, confidence = got.reward.cpu(), got.confidence.cpu()
     answered = strict & (spans.lengths.cpu() > 0)
     plain = rc.scre(got.parts["logp"], spans.offsets, eta=0.0, lam=0.0, first_index=0).cpu()  # Π p
@@ -75,7 +75,7 @@ def score(rollout: Rollout, reference: Any, tokenizer: Any, *, group_size: int, 
         found,
         reward if kind == "scre-igsr" else text_score,
         confidence,
-        rc.token_stats(logits, targets).logp.cpu(),
+        logp_ref.cpu(),
         metrics,
     )
 

@@ -9,34 +9,27 @@ from torch import Tensor
 import raise_core as rc
 
 from .errors import UserError
-from .forward import forward
 from .prompts import Prompt
 from .rollout import Rollout
 
 MAX_GRAD_NORM = 1.0
 
 
-def completion_stats(
-    model: Any, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]], owner: Sequence[int]
-) -> rc.TokenStats:
-    """Log-probability and entropy of every completion token, packed `[T]`, with gradient."""
-    hidden = forward(model, prompts, completions, owner)
-    logits = model.get_output_embeddings()(hidden.states[hidden.completion_rows(completions)])
-    targets = torch.tensor([t for c in completions for t in c], device=logits.device)
-    return rc.token_stats(logits, targets, want=("logp", "entropy"))
-
-
 def sft_step(
-    model: Any, optimizer: torch.optim.Optimizer, prompts: Sequence[Prompt], targets: Sequence[Sequence[int]]
+    scorer: rc.Scorer,
+    optimizer: torch.optim.Optimizer,
+    prompts: Sequence[Prompt],
+    targets: Sequence[Sequence[int]],
 ) -> dict[str, float]:
     """One step on the mean negative log-probability of the target tokens."""
-    stats = completion_stats(model, prompts, targets, range(len(prompts)))
-    loss = -stats.logp.mean()
-    return {"loss": loss.item(), "entropy": stats.entropy.mean().item()} | _step(model, optimizer, loss)
+    stats = scorer.token_stats([p.inputs for p in prompts], [[t] for t in targets], want=("logp", "entropy"))
+    logp, entropy = (torch.cat([getattr(s, name) for (s,) in stats]) for name in ("logp", "entropy"))
+    loss = -logp.mean()
+    return {"loss": loss.item(), "entropy": entropy.mean().item()} | _step(scorer.model, optimizer, loss)
 
 
 def grpo_step(
-    model: Any,
+    scorer: rc.Scorer,
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
     advantage: Tensor,
@@ -46,22 +39,25 @@ def grpo_step(
     max_length: int,
 ) -> dict[str, float]:
     """One on-policy step: the old policy is this one, so its log-probabilities come for free."""
-    stats = completion_stats(model, rollout.prompts, rollout.completions, rollout.owner)
-    lengths = torch.tensor([0, *map(len, rollout.completions)], device=stats.logp.device)
-    result = rc.policy_loss(
-        stats.logp,
-        stats.logp.detach(),
-        advantage.to(stats.logp.device),
-        lengths.cumsum(0),
+    rows = scorer.completion_rows(rollout.inputs, rollout.groups)
+    device, head = rows.hidden.device, scorer.head().options()
+    result = rc.linear_policy_loss(
+        rows.hidden,
+        head.pop("weight"),
+        rows.targets,
+        None,
+        advantage.to(device),
+        rows.offsets,
         kind=kind,
-        logp_ref=logp_ref.to(stats.logp.device),
-        num_tokens=int(lengths.sum()),
+        logp_ref=logp_ref.to(device),
+        num_tokens=len(rows.targets),
         num_sequences=len(rollout.completions),
         max_length=max_length,
+        **head,
     )
     metrics = {name: value.item() for name, value in result.metrics.items()}
-    metrics |= {"loss": result.loss.item(), "entropy": stats.entropy.mean().item()}
-    return metrics | _step(model, optimizer, result.loss)
+    metrics |= {"loss": result.loss.item(), "entropy": torch.cat(rollout.entropy).mean().item()}
+    return metrics | _step(scorer.model, optimizer, result.loss)
 
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> dict[str, float]:

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from raise_trainer import forward as forward_module
+import raise_core as rc
+from raise_core.scoring.backbone import Backbone
+from raise_trainer import prefill as prefill_module
+from raise_trainer import rollout as rollout_module
 from raise_trainer import tiny, world
 from raise_trainer.clips import write_mp4
 from raise_trainer.data import Row
 from raise_trainer.errors import BadMedia, BadRow
-from raise_trainer.forward import forward
 from raise_trainer.prompts import Prompt, PromptBuilder, target_ids
 from raise_trainer.rollout import Rollout, sample
 from tests.budget import assert_within_error_budget
@@ -66,22 +68,21 @@ def rollout(model: Any, prompts: list[Prompt], processor: Any, seed: int = 0, eo
 
 
 def scored(model: Any, rolled: Rollout) -> torch.Tensor:
-    hidden = forward(model, rolled.prompts, rolled.completions, rolled.owner)
-    logits = model.lm_head(hidden.states[hidden.completion_rows(rolled.completions)])
-    targets = torch.tensor([t for c in rolled.completions for t in c])
-    return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0].detach()
+    stats = rc.Scorer(model).token_stats(rolled.inputs, rolled.groups)
+    return torch.cat([s.logp.detach() for group in stats for s in group])
 
 
 def by_the_model_itself(model: Any, rolled: Rollout) -> torch.Tensor:
     out = []
     for ids, p in zip(rolled.completions, rolled.owner, strict=True):
         prompt = rolled.prompts[p]
+        kinds = (prompt.ids == model.config.video_token_id).int() * 2
         logits = model(
             input_ids=torch.cat([prompt.ids, torch.tensor(ids)])[None],
-            mm_token_type_ids=torch.cat([prompt.media_kind, torch.zeros(len(ids), dtype=torch.int)])[None],
-            pixel_values_videos=prompt.clip.patches.to(model.dtype),
-            video_grid_thw=prompt.clip.grid,
-            second_per_grid_ts=torch.tensor([prompt.clip.seconds_per_grid]),
+            mm_token_type_ids=torch.cat([kinds, torch.zeros(len(ids), dtype=torch.int)])[None],
+            pixel_values_videos=prompt.inputs["pixel_values_videos"].to(model.dtype),
+            video_grid_thw=prompt.inputs["video_grid_thw"],
+            second_per_grid_ts=torch.tensor(prompt.inputs["second_per_grid_ts"]),
         ).logits[0, len(prompt.ids) - 1 : -1]
         out.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0].detach())
     return torch.cat(out)
@@ -95,7 +96,7 @@ def test_sampler_batch_and_model_agree(model: Any, prompts: list[Prompt], proces
     own = by_the_model_itself(model, rolled)
     oracle = by_the_model_itself(tiny_double(model), rolled)
     assert_within_error_budget(torch.cat(rolled.logp), oracle, own, name="sampler")
-    assert_within_error_budget(scored(model, rolled), oracle, own, name="batched forward")
+    assert_within_error_budget(scored(model, rolled), oracle, own, name="scorer")
 
 
 def tiny_double(model: Any) -> Any:
@@ -107,32 +108,68 @@ def tiny_double(model: Any) -> Any:
 def test_a_wrong_position_would_be_seen(
     model: Any, prompts: list[Prompt], processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rolled = rollout(model, prompts, processor)
-    right = scored(model, rolled)
-    true_positions = forward_module.positions
+    right = torch.cat(rollout(model, prompts, processor).logp)
+    true_positions = Backbone.positions
 
-    def from_lengths(model: Any, prompt: Prompt, n: int) -> torch.Tensor:
-        positions = true_positions(model, prompt, n).clone()
-        after = torch.arange(len(prompt.ids), len(prompt.ids) + n)
-        positions[:, len(prompt.ids) :] = after
+    def from_lengths(backbone: Backbone, prompt: Any, length: int) -> torch.Tensor:
+        positions = true_positions(backbone, prompt, length).clone()
+        positions[:, len(prompt) :] = torch.arange(len(prompt), length)
         return positions
 
-    monkeypatch.setattr(forward_module, "positions", from_lengths)
-    assert (scored(model, rolled) - right).abs().max() > 0.1
+    monkeypatch.setattr(Backbone, "positions", from_lengths)
+    rolled = rollout(model, prompts, processor)
+    monkeypatch.undo()
+    own = by_the_model_itself(model, rolled)
+    assert (torch.cat(rolled.logp) - own).abs().max() > 0.1
+    assert len(right) == len(own)
 
 
 def test_the_clip_matters_and_is_shared(model: Any, prompts: list[Prompt], processor: Any) -> None:
-    shared = Prompt(prompts[1].row, prompts[1].ids, prompts[1].media_kind, prompts[0].clip)
-    completions = [[5, 6, 7]]
-    apart = forward(model, [prompts[1]], completions, [0]).states
-    together = forward(model, [prompts[0], shared], completions * 2, [0, 1])
-    alone = forward(model, [shared], completions, [0])
-    assert (apart[-1] - alone.states[-1]).abs().max() > 0.1
-    rows = together.completion_rows(completions * 2)[-3:]
-    exact = forward(tiny_double(model), [shared], completions, [0])
-    peer = alone.states[alone.completion_rows(completions)]
-    oracle = exact.states[exact.completion_rows(completions)]
-    assert_within_error_budget(together.states[rows], oracle, peer, name="shared clip")
+    """Two prompts of one clip: its pixels are encoded once, and each has the result it has alone."""
+    other = {name: prompts[0].inputs[name] for name in prompts[0].inputs if name != "input_ids"}
+    shared = Prompt(prompts[1].row, prompts[1].inputs | other, prompts[0].thumbnails)
+    encoded = []
+    encode = model.model.get_video_features
+    model.model.get_video_features = lambda pixels, grid: encoded.append(len(grid)) or encode(pixels, grid)
+    try:
+        logp = [torch.cat(rollout(model, some, processor).logp) for some in ([prompts[0], shared], [shared])]
+    finally:
+        del model.model.get_video_features
+    assert encoded == [1, 1]
+    apart = rollout(model, [prompts[1]], processor)
+    assert not torch.equal(logp[1][: len(apart.logp[0])], apart.logp[0])
+
+
+def test_several_passes_are_one(model: Any, prompts: list[Prompt], processor: Any, monkeypatch: Any) -> None:
+    """Prompts that exceed a pass are run in several; nothing else changes."""
+    together = rollout(model, prompts, processor)
+    monkeypatch.setattr(prefill_module, "MAX_TOKENS", 40)
+    apart = rollout(model, prompts, processor)
+    assert apart.completions == together.completions
+    own = by_the_model_itself(model, together)
+    oracle = by_the_model_itself(tiny_double(model), together)
+    assert_within_error_budget(torch.cat(apart.logp), oracle, own, name="several passes")
+
+
+def test_rows_that_have_ended_leave_the_batch(
+    model: Any, prompts: list[Prompt], processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model sees fewer rows as completions end, and those that go on are as right as before."""
+    monkeypatch.setattr(rollout_module, "SHRINK", 0.99)
+    drawn = rollout(model, prompts, processor).completions
+    ends = max({t for c in drawn for t in c}, key=lambda t: sum(t in c[:6] for c in drawn))
+    rows = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    rolled = rollout(model, prompts, processor, eos=ends)
+    hook.remove()
+    assert rows[-1] < 12, "no row has left: the case is not tested"
+    own = by_the_model_itself(model, rolled)
+    oracle = by_the_model_itself(tiny_double(model), rolled)
+    assert_within_error_budget(torch.cat(rolled.logp), oracle, own, name="log-probabilities")
+    assert [len(x) for x in rolled.entropy] == [len(c) for c in rolled.completions]
+    assert all(len(c) == 12 or c[-1] == ends for c in rolled.completions)
 
 
 def test_sampling_repeats_with_its_seed_and_never_draws_media(
@@ -151,9 +188,8 @@ def test_greedy_takes_the_best_token(model: Any, prompts: list[Prompt], processo
         model, prompts[:1], group_size=2, max_new_tokens=4, temperature=0.0, eos=tokenizer.eos_token_id,
         suppress=[], generator=None,
     )  # fmt: skip
-    hidden = forward(model, rolled.prompts, rolled.completions, rolled.owner)
-    best = model.lm_head(hidden.states[hidden.completion_rows(rolled.completions)]).argmax(-1)
-    assert best.tolist() == [t for c in rolled.completions for t in c]
+    rows = rc.Scorer(model).completion_rows(rolled.inputs, rolled.groups)
+    assert model.lm_head(rows.hidden).argmax(-1).tolist() == [t for c in rolled.completions for t in c]
 
 
 def test_a_prompt_longer_than_the_context_is_refused(processor: Any, prompts: list[Prompt]) -> None:
