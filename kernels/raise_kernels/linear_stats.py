@@ -14,6 +14,7 @@ only, and a row is summed alike wherever it stands in a block: it has the same b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,11 +24,13 @@ from torch import Tensor
 
 from raise_kernels._backward import LinearEngine
 from raise_kernels._checks import LogitMap
+from raise_kernels._gemm import matmul, same_dtype
 from raise_kernels._layout import Layout, alignment, fold_leading_axes
 from raise_kernels._tiles import column, row_start, to_z
 from raise_kernels.linear_stats_backward import collect, linear_stats_backward
 from raise_kernels.linear_tiles import GROUP, Tile, is_wide, logits_tile, program_of, tile_for
 from raise_kernels.token_stats import FIELDS, LEVELS, Partials, _reduce_tile, level_of, merge
+from raise_kernels.token_topk import topk_logp_mean
 
 SPLITS = 152  # programs that one block of rows is cut into, about; fewer only where the vocabulary is small
 MULTIPLE = 256  # columns; of every tile of `linear_tiles`
@@ -242,7 +245,7 @@ def split_width(vocab: int) -> int:
 
 def partial_bytes(tokens: int, vocab: int, level: int) -> int:
     """Bytes that the vocabulary splits of this many tokens leave between two launches."""
-    return 4 * FIELDS[level] * triton.cdiv(vocab, split_width(vocab)) * tokens
+    return 4 * FIELDS[level] * -(-vocab // split_width(vocab)) * tokens
 
 
 class _Launch(NamedTuple):
@@ -349,11 +352,6 @@ def linear_stats_forward(
 
     memory: bytes for what the splits of a block of rows leave; at least one block is taken at a time.
     """
-    if "topk_logp_mean" in names:
-        raise ValueError(
-            'want names "topk_logp_mean", which Triton makes from logits only: use token_stats, or '
-            'impl="reference" (impl="native" on the CPU)'
-        )
     level = level_of(names)
     made = [name for level_names in LEVELS[: level + 1] for name in level_names]
     call = _prepare(hidden, weight, bias, how, level)
@@ -366,10 +364,33 @@ def linear_stats_forward(
         merge(_reduce(call, y[chunk], None if rows is None else rows[chunk], chunk.start))
         for chunk in _row_chunks(len(y), size)
     ]
-    if len(parts) == 1:
-        return parts[0]
     empty = torch.empty(0, device=hidden.device)
-    return {name: torch.cat([part[name] for part in parts] or [empty]) for name in made}
+    alone = len(parts) == 1
+    out = parts[0] if alone else {name: torch.cat([p[name] for p in parts] or [empty]) for name in made}
+    if "topk_logp_mean" in names:
+        out["topk_logp_mean"] = _topk_mean(call, y, rows, topk, out["top"], out["max_logp"], memory)
+    return out
+
+
+def _topk_mean(
+    call: _Launch, y: Tensor, rows: Tensor | None, topk: int, top: Tensor, max_logp: Tensor, memory: int
+) -> Tensor:
+    """`token_topk.topk_logp_mean` of tiles of rows whose fp32 logits fit `memory`: two launches a tile."""
+    flat, weight = call.hidden.reshape(-1, call.hidden.shape[-1]), call.weight[: call.columns]
+    n = torch.arange(len(y), device=y.device) if rows is None else rows
+    # A row number outside hidden has no max_logp; what is read in its place must exist all the same.
+    n = n.clamp(0, max(len(flat) - 1, 0))
+    how = replace(call.how, valid_vocab=None)
+    size = max(1, memory // (4 * call.columns))
+    out = torch.empty(len(y), dtype=torch.float32, device=y.device)
+    buffer = torch.empty(min(size, len(y)), call.columns, dtype=torch.float32, device=y.device)
+    for chunk in _row_chunks(len(y), size):
+        h = flat[n[chunk]] if len(flat) else flat.new_zeros(len(n[chunk]), flat.shape[1])
+        logits = matmul(*same_dtype(h, weight.T), out=buffer[: len(h)])
+        if call.bias is not None:
+            logits += call.bias[: call.columns]
+        out[chunk] = topk_logp_mean(logits, y[chunk], None, how, topk, top[chunk], max_logp[chunk])
+    return out
 
 
 ENGINE = LinearEngine(linear_stats_forward, linear_stats_backward, collect)
