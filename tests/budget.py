@@ -192,14 +192,15 @@ def floor_of(name: str, value: Tensor, size: float, vocab: int) -> Tensor:
     return half_ulp(torch.float32) * (1 + size + own + spread * (name == "self_certainty"))
 
 
-# t = tanh x is off by 2 roundings, z = b * t by one more, t = z / b, as backward finds it again, by another.
-SLOPE_ROUNDINGS = 2 * (2 + 1 + 1) + 2
+# A peer's t = tanh x is off by one rounding, t^2 by twice that and its own, 1 - t^2 by another. A kernel that
+# takes t from z / b, with z = b * t, is off by 2 * 4 + 2: within PEER_FACTOR of 1 + 4, with what p owes.
+SLOPE_ROUNDINGS = 2 * 1 + 2
 
 
 def slope_roundings(softcap: float | None) -> int:
-    """Roundings of 1 that the slope 1 - t^2 of a softcap owes: t^2 doubles those of t and adds two.
+    """Roundings of 1 that a peer's slope 1 - t^2 of a softcap owes; 0 without one.
 
-    Where the softcap saturates the slope itself is near 0: nothing of its size bounds what cancels there.
+    Where the softcap saturates the slope itself is near 0, and what cancels there is not of its size.
     """
     return 0 if softcap is None else SLOPE_ROUNDINGS
 

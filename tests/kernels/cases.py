@@ -195,7 +195,7 @@ def rows_of_logits(draw: st.DrawFn, largest: int = 700) -> tuple[Tensor, Tensor,
     how = LogitMap(
         temperature=draw(st.sampled_from([1.0, 0.3, 2.5])),
         logit_scale=draw(st.sampled_from([1.0, 0.0625, 3.0])),
-        softcap=draw(st.sampled_from([None, 5.0, 30.0])),
+        softcap=draw(st.sampled_from([None, 0.5, 5.0, 30.0])),
         valid_vocab=draw(st.one_of(st.none(), st.integers(1, vocab))),
     )
     return strided(draw, x.to(draw(st.sampled_from(DTYPES)))), y, how

@@ -85,7 +85,7 @@ def rows_of_hidden(draw: st.DrawFn, every_token: bool = False) -> Case:
     how = LogitMap(
         temperature=draw(st.sampled_from([1.0, 0.3, 2.5])),
         logit_scale=draw(st.sampled_from([1.0, 0.0625, 3.0])),
-        softcap=draw(st.sampled_from([None, 5.0, 30.0])),
+        softcap=draw(st.sampled_from([None, 0.5, 5.0, 30.0])),
         valid_vocab=draw(st.one_of(st.none(), st.integers(1, vocab))),
     )
     if not every_token and draw(st.booleans()):

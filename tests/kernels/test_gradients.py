@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raise_kernels import native
+from raise_kernels import _compiled, native
 from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap
 from tests.budget import assert_exact
 from tests.kernels.cases import DTYPES, IGNORED, IMPLS, gradient, judge_gradient
@@ -41,6 +41,24 @@ def test_each_output_alone_and_together(impl: str, dtype: torch.dtype, names: tu
     y = torch.randint(0, 2500, (6,))
     logits[0, y[0]] += 40
     judge_gradient(impl, logits, y, {n: torch.randn(6) for n in names})
+
+
+@pytest.mark.parametrize("engine", ["floor", "compiled", "triton"])
+@pytest.mark.parametrize("cap", [0.05, 0.5, 5.0, 30.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_softcap_that_saturates(
+    engine: str, cap: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slope 1 - tanh^2 cancels from a few caps on, and is 0 in fp32 from nine."""
+    if engine == "floor":
+        monkeypatch.setenv(_compiled.SWITCH, "0")
+    how = LogitMap(softcap=cap, temperature=temperature)
+    y = torch.randint(0, 300, (6,))
+    for caps in (2.0, 4.0, 6.0, 9.0):
+        logits = (0.3 * torch.randn(6, 300) + caps) * cap
+        for names in (("logp",), DIFFERENTIABLE):
+            up = {name: torch.randn(6) for name in names}
+            judge_gradient("triton" if engine == "triton" else "native", logits, y, up, how)
 
 
 @fast_impl
