@@ -1,26 +1,13 @@
-"""Videos on disk: H.264 mp4 written with PyAV, frames read back with decord."""
+"""Videos on disk: H.264 mp4 written with PyAV, frames read back."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import av
-import decord
 import numpy as np
-import torch
 
-from .errors import BadMedia
-
-decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is said once, by BadMedia
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Sampled frames `[F, H, W, 3]` uint8, their indices in the file, its frame rate [1/s] and length."""
-
-    pixels: torch.Tensor
-    indices: tuple[int, ...]
-    fps: float
-    total: int
+from .media.frames import Frames
+from .media.sampling import Sampling
+from .media.video import decode_video
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
@@ -44,32 +31,4 @@ def read_frames(path: Path, count: int) -> Frames:
 
     Raises BadMedia, with path and reason, for a file that is missing, empty, cut short or not a video.
     """
-    try:
-        with path.open("rb") as file:
-            empty = not file.read(1)
-    except OSError as error:
-        raise BadMedia(f"{path}: {error.strerror}; check `path` in the data file and the data root") from None
-    if empty:
-        raise BadMedia(f"{path}: the file is empty; download or write it again")
-    try:
-        # decord writes its own lines to stderr about a file it cannot open; PyAV finds that out quietly
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise BadMedia(f"{path}: holds no video stream; drop the row")
-        return _sample(path, count)
-    except (av.error.FFmpegError, decord.DECORDError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(str(path), "it")[:120]
-        raise BadMedia(f"{path}: cannot be decoded ({reason}); re-encode it or drop the row") from None
-
-
-def _sample(path: Path, count: int) -> Frames:
-    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-    total, fps = len(reader), float(reader.get_avg_fps())
-    if not fps > 0:
-        raise BadMedia(f"{path}: no frame rate ({fps}); re-encode it or drop the row")
-    if total < 2:
-        raise BadMedia(f"{path}: {total} frame(s), a video needs at least 2; drop the row")
-    kept = min(count, total) // 2 * 2  # the model merges frames in pairs
-    indices = tuple(int(i) for i in np.linspace(0, total - 1, kept).round())
-    pixels = torch.from_numpy(reader.get_batch(list(indices)).asnumpy())
-    return Frames(pixels, indices, fps, total)
+    return Frames.of(decode_video(path, Sampling(frames=count)))
