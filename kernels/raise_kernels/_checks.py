@@ -117,61 +117,60 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value.layout}; give {name}.to_dense()")
 
 
-def check_stats(logits: Tensor, targets: Tensor, rows: Tensor | None) -> None:
+def check_stats(logits: Tensor, targets: Tensor, rows: Tensor | None, name: str = "logits") -> None:
     """Refuse shapes, dtypes and devices that `token_stats` cannot mean anything by."""
-    check_tensor("logits", logits)
+    check_tensor(name, logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; give [..., V] with V at least 1")
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}; give [..., V] with V at least 1")
     if not logits.dtype.is_floating_point:
-        raise TypeError(f"logits is {logits.dtype}; give a floating-point tensor")
-    check_index("targets", targets, logits.device)
+        raise TypeError(f"{name} is {logits.dtype}; give a floating-point tensor")
+    _check_targets(name, logits, targets, rows)
+
+
+def check_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    name: str = "weight",
+) -> None:
+    """Refuse shapes, dtypes and devices that `linear_token_stats` cannot mean anything by."""
+    for label, given in (("hidden", hidden), (name, weight), ("bias", bias)):
+        if given is not None:
+            check_tensor(label, given)
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1:] != weight.shape[1:] or not weight.numel():
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}, {name} {tuple(weight.shape)}; give [..., D] and "
+            "[V, D], V and D at least 1"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, {name} {tuple(weight.shape)}; give [V]")
+    for label, other in (("hidden", hidden), (name, weight), ("bias", bias)):
+        if other is not None and other.device != hidden.device:
+            raise ValueError(f"{label} is on {other.device}, hidden on {hidden.device}; move one of them")
+        if other is not None and other.dtype not in FLOATS:
+            raise TypeError(f"{label} is {other.dtype}; give fp32, bf16, fp16 or fp64")
+    if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(f"hidden is {hidden.dtype}, {name} {weight.dtype}; give both as float64, or neither")
+    _check_targets("hidden", hidden, targets, rows)
+
+
+def _check_targets(name: str, x: Tensor, targets: Tensor, rows: Tensor | None) -> None:
+    """Refuse targets and rows that do not name one token for each scored row of x."""
+    check_index("targets", targets, x.device)
     if rows is None:
-        if targets.shape != logits.shape[:-1]:
+        if targets.shape != x.shape[:-1]:
             raise ValueError(
-                f"targets has shape {tuple(targets.shape)}, logits {tuple(logits.shape)}; "
-                "give one target for each row of logits, or name the scored rows with rows="
+                f"targets has shape {tuple(targets.shape)}, {name} {tuple(x.shape)}; "
+                f"give one target for each row of {name}, or name the scored rows with rows="
             )
         return
-    check_index("rows", rows, logits.device)
+    check_index("rows", rows, x.device)
     if rows.dim() != 1 or rows.shape != targets.shape:
         raise ValueError(
             f"rows has shape {tuple(rows.shape)}, targets {tuple(targets.shape)}; give both as [T]"
         )
-
-
-def check_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None
-) -> None:
-    """Refuse shapes, dtypes and devices that `linear_token_stats` cannot mean anything by."""
-    for name, given in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if given is not None:
-            check_tensor(name, given)
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1:] != weight.shape[1:] or not weight.numel():
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}; give [..., D] and "
-            "[V, D], V and D at least 1"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, weight {tuple(weight.shape)}; give [V]")
-    for name, other in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if other is not None and other.device != hidden.device:
-            raise ValueError(f"{name} is on {other.device}, hidden on {hidden.device}; move one of them")
-        if other is not None and other.dtype not in FLOATS:
-            raise TypeError(f"{name} is {other.dtype}; give fp32, bf16, fp16 or fp64")
-    if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise TypeError(f"hidden is {hidden.dtype}, weight {weight.dtype}; give both as float64, or neither")
-    check_index("targets", targets, hidden.device)
-    if rows is None and targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}; "
-            "give one target for each row of hidden, or name the scored rows with rows="
-        )
-    if rows is not None:
-        check_index("rows", rows, hidden.device)
-        if rows.dim() != 1 or rows.shape != targets.shape:
-            raise ValueError(
-                f"rows has shape {tuple(rows.shape)}, targets {tuple(targets.shape)}; give both as [T]"
-            )
 
 
 def check_candidates(candidates: Tensor, device: torch.device) -> None:

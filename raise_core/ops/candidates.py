@@ -60,6 +60,7 @@ def candidate_logp(
             chosen, hidden, weight, candidates, bias=bias, rows=rows, how=how, memory=memory
         )
     assert logits is not None
+    check_tensor("logits", logits)
     chosen = chosen_impl(logits, impl)
     if chosen == "reference":
         return reference.candidate_logp(logits, candidates, rows=rows, how=how)

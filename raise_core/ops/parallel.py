@@ -58,6 +58,7 @@ def parallel_token_stats(
     one process runs `token_stats`. Raises ValueError without an initialised process group.
     """
     how = logit_map(temperature, logit_scale, softcap, valid_vocab, ignore_index)
+    check_stats(logits_shard, targets, rows, "logits_shard")
     if _group_size(process_group) == 1:
         _check_alone(first_column)
         return token_stats(
@@ -65,7 +66,6 @@ def parallel_token_stats(
             softcap=softcap, valid_vocab=valid_vocab, ignore_index=ignore_index, want=want, topk=topk,
             impl=impl,
         )  # fmt: skip
-    check_stats(logits_shard, targets, rows)
     make = logit_shards(logits_shard, impl)
     call = _Call(make, targets, rows, how, check_want(want), topk, process_group)
     return call.run(first_column, logits_shard)
@@ -98,6 +98,7 @@ def parallel_linear_token_stats(
     none, and all of them run the backward pass. A group of one process runs `linear_token_stats`.
     """
     how = logit_map(temperature, logit_scale, softcap, valid_vocab, ignore_index)
+    check_linear(hidden, weight_shard, bias, targets, rows, "weight_shard")
     if _group_size(process_group) == 1:
         _check_alone(first_column)
         return linear_token_stats(
@@ -105,7 +106,6 @@ def parallel_linear_token_stats(
             logit_scale=logit_scale, softcap=softcap, valid_vocab=valid_vocab, ignore_index=ignore_index,
             want=want, topk=topk, memory=memory, impl=impl,
         )  # fmt: skip
-    check_linear(hidden, weight_shard, bias, targets, rows)
     make = linear_shards(hidden, memory, impl)
     call = _Call(make, targets, rows, how, check_want(want), topk, process_group)
     return call.run(first_column, hidden, weight_shard, bias)

@@ -76,7 +76,7 @@ def partial_token_stats(
     read the logits twice. No gradient: `parallel_token_stats` has one. Other arguments as in `token_stats`.
     """
     how = logit_map(temperature, logit_scale, softcap, valid_vocab, ignore_index)
-    check_stats(logits_shard, targets, rows)
+    check_stats(logits_shard, targets, rows, "logits_shard")
     make = logit_shards(logits_shard, impl)
     return _partial(make(logits_shard), targets, rows, first_column, how, want, topk, target_logit)
 
@@ -108,7 +108,7 @@ def partial_linear_token_stats(
     arguments as in `linear_token_stats`.
     """
     how = logit_map(temperature, logit_scale, softcap, valid_vocab, ignore_index)
-    check_linear(hidden, weight_shard, bias, targets, rows)
+    check_linear(hidden, weight_shard, bias, targets, rows, "weight_shard")
     make = linear_shards(hidden, memory, impl)
     shard = make(hidden, weight_shard, bias)
     return _partial(shard, targets, rows, first_column, how, want, topk, target_logit)

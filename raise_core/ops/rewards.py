@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from raise_core.spans import Spans
 
 
+SPAN_FIELDS = ("rows", "targets", "offsets", "group")
+
+
 @dataclass(frozen=True)
 class Rewards:
     """Rewards of S spans.
@@ -146,6 +149,7 @@ def confidence_rewards(
     memory: bytes of scratch from hidden states, as in `linear_token_stats`; results do not depend on it. The
     other options are those of `scre`, `igsr` and `token_stats`; no token of a span is ever ignored.
     """
+    _check_spans(spans)
     _check_source(logits, hidden, weight, logp)
     if hidden is None and bias is not None:
         raise ValueError("bias is given without hidden and weight; give all three, or no bias")
@@ -192,6 +196,15 @@ def confidence_rewards(
         "group": spans.group,
     }
     return Rewards(result.reward, result.confidence, parts)
+
+
+def _check_spans(spans: Spans) -> None:
+    """Refuse what has not the tensors of `Spans`, such as the list that a finder of spans returns."""
+    if any(not isinstance(getattr(spans, name, None), Tensor) for name in SPAN_FIELDS):
+        raise TypeError(
+            f"spans is a {type(spans).__name__}; give Spans(rows, targets, offsets, group, owner), which "
+            "build_spans(found, completion_ids, first_rows, group) makes of a list of found spans"
+        )
 
 
 def _check_source(

@@ -155,6 +155,28 @@ def test_wrong_arguments(change: dict[str, Any], match: str) -> None:
         rc.partial_linear_token_stats(torch.zeros(3, 2), torch.zeros(9, 2), **shard)
 
 
+@pytest.mark.parametrize(
+    ("shard", "error", "match"),
+    [
+        ([0.0], TypeError, r"logits_shard is a list; give a tensor"),
+        (
+            torch.zeros(2, 9),
+            ValueError,
+            r"logits_shard \(2, 9\); give one target for each row of logits_shard",
+        ),
+        (torch.zeros(3, 9).long(), TypeError, r"logits_shard is torch\.int64"),
+    ],
+)
+def test_a_shard_is_called_by_its_name(shard: Any, error: type[Exception], match: str) -> None:
+    y = torch.zeros(3, dtype=torch.long)
+    for call in (rc.partial_token_stats, rc.parallel_token_stats):
+        with pytest.raises(error, match=match):
+            call(shard, y, first_column=0)
+    for call in (rc.partial_linear_token_stats, rc.parallel_linear_token_stats):
+        with pytest.raises(ValueError, match=r"hidden has shape \(3, 2\), weight_shard \(9, 4\)"):
+            call(torch.zeros(3, 2), torch.zeros(9, 4), y, first_column=0)
+
+
 def test_triton_takes_no_fp64() -> None:
     y = torch.zeros(3, dtype=torch.long)
     with pytest.raises(TypeError, match=r"logits_shard is torch\.float64"):

@@ -250,6 +250,14 @@ GROUPS: list[Wrong] = [
     ({"group": meta(2, dtype=LONG)}, ValueError, "group is on meta, offsets on cpu; move one of them"),
 ]
 REWARDS: list[Wrong] = [
+    (
+        {"spans": [Found(0, 1)]},
+        TypeError,
+        "spans is a list; give Spans(rows, targets, offsets, group, owner)",
+    ),
+    ({"spans": None}, TypeError, "spans is a NoneType; give Spans"),
+    ({"memory": 0}, ValueError, "memory is 0; give at least 1, or None"),
+    ({"memory": 1.5}, TypeError, "memory is 1.5; give a whole number"),
     ({"strict": of(1, 0)}, TypeError, "strict is torch.int64; give bool"),
     (
         {"strict": torch.tensor([True])},
