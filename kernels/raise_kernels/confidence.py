@@ -184,7 +184,7 @@ def _group_kernel(
 
     s = tl.load(p_score + o_s, mask=m_s, other=0.0).to(tl.float32)
     strict = tl.load(p_strict + o_s, mask=m_s, other=0) != 0
-    good = (s >= 0.0) & (s <= 1.0) & (e == e)
+    good = (s >= 0.0) & (s <= 1.0) & (e > -float("inf"))
     member = m_s & good & (s > 0.0) & (n > 0) & (strict == 0)
     ranked, k, a, applied = _rerank(s, e, member, o_g, tau, penalty, min_bonus, slack, min_spread, BALANCED)
     nothing = float("nan")

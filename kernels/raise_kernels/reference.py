@@ -296,9 +296,9 @@ def igsr_parts(
         balanced  h_k = min(m_above - m_k, m_k - m_below, tau), the top bin without its first term
                   t_i = 2 c_i - 1, in the top bin c_i - 1;    reward_i = sqrt(m_k * (m_k + t_i * h_k))
 
-    Score 0 or an empty span gives 0. A score that is NaN or outside [0, 1], or a NaN in the span, gives NaN
-    for that row, which joins no bin. logp [T], offsets [S+1], score [S], group [S] (equal ids belong
-    together, adjacent or not), among [S] bool (rows that may join a bin; all when None).
+    Score 0 or an empty span gives 0. A score that is NaN or outside [0, 1], or a NaN or +inf in the span,
+    gives NaN for that row, which joins no bin. logp [T], offsets [S+1], score [S], group [S] (equal ids
+    belong together, adjacent or not), among [S] bool (rows that may join a bin; all when None).
     """
     check_spans(logp, offsets)
     check_per_span("score", score, offsets)
@@ -308,7 +308,7 @@ def igsr_parts(
     score = score.to(logp.dtype)
     spans = spans_of(offsets.long(), len(logp))
     e = mean_nll(logp, spans, how.delta)
-    bad = ~((score >= 0) & (score <= 1)) | e.isnan()
+    bad = ~((score >= 0) & (score <= 1)) | ~e.isfinite()
     member = ~bad & (score > 0) & (spans.lengths > 0)
     if among is not None:
         member &= among

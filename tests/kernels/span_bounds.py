@@ -69,14 +69,19 @@ class Exact:
         """Roundings of SCRE, whose exact values are `reward` [S]."""
         return reward.nan_to_num() * self.exponent(reward)
 
-    def scre_slope(self, reward: Tensor) -> Tensor:
-        """Roundings of d SCRE / d logp [T]: reward * (w - 2 lam / n * p * (p - mean p))."""
+    def scre_slope(self, reward: Tensor, autograd: bool) -> Tensor:
+        """Roundings of d SCRE / d logp [T]: reward * (w - 2 lam / n * p * (p - mean p)).
+
+        autograd: p, the derivative of expm1, is its result + 1, off by a rounding of 1 or two.
+        """
         owner = self.spans.owner
         n = self.n[owner].clamp(min=1)
         q = 1 - self.p
         mean = self.spans.mean(q)[owner]
         steep = 2 * self.how.lam / n * self.p
         inside = self.weight * self.of_weight + steep * (n + 3 * self.x.abs() + 2 * OWN) * (q + mean)
+        if autograd:
+            inside = inside + 2 * 2 * self.how.lam / n * (q - mean).abs()
         whole = (self.weight + steep * (q - mean).abs()) * (self.exponent(reward)[owner] + OWN)
         return reward.nan_to_num()[owner] * (inside + whole)
 

@@ -145,6 +145,20 @@ def test_reordering_the_group_reorders_the_rewards(
     assert_exact(moved, got[order], name="permuted")
 
 
+@every_impl
+@pytest.mark.parametrize("variant", ["paper", "balanced"])
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+def test_a_row_without_a_confidence_leaves_its_bin_alone(impl: str, variant: str, wrong: float) -> None:
+    logp = torch.tensor([-0.1, -2.0, wrong, -0.5])
+    score, group = torch.tensor([0.41, 0.45, 0.43, 0.44]), torch.zeros(4, dtype=torch.long)
+    how = Igsr(variant=variant, penalty=0.0, min_bonus=0.0)
+    got = IMPLS[impl](logp, torch.arange(5), score, group, how)
+    others = torch.tensor([0, 1, 3])
+    alone = IMPLS[impl](logp[others], torch.arange(4), score[others], group[others], how)
+    assert got[2].isnan()
+    assert_exact(got[others], alone, name="the others")
+
+
 def test_a_group_near_one_has_no_headroom_in_the_paper_form() -> None:
     logp, offsets = one_token_each([0.9, 0.5, 0.1])
     arguments = (offsets, torch.full((3,), 0.97), torch.zeros(3, dtype=torch.long))
