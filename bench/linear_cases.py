@@ -13,6 +13,7 @@ from torch import Tensor
 import raise_core as rc
 from bench import peers
 from bench.cases import Call, Case, Impl, Outputs, Truth
+from bench.logits_cases import switched
 
 BLOCK = 64  # rows whose fp64 logits exist at one time
 SAMPLED = 1024  # rows of the weight whose gradient is compared
@@ -258,6 +259,29 @@ def liger(x: Hidden) -> Tensor:
     return peers.liger_grpo(x.hidden, x.weight, x.targets, x.logp_old, x.advantage)
 
 
+def without_compiler(make: Callable[[Hidden], Call]) -> Callable[[Hidden], Call]:
+    """The call with RAISE_COMPILED=0."""
+
+    def made(x: Hidden) -> Call:
+        call = make(x)
+
+        def run() -> Outputs:
+            with switched("0"):
+                return call()
+
+        return run
+
+    return made
+
+
+def _ours(name: str, make: Callable[[Hidden], Call], device: str) -> list[Impl]:
+    """As it comes, and, on the CPU, without the C code that a compiler on the machine makes faster."""
+    if device != "cpu":
+        return [Impl(name, "ours", make)]
+    floor = Impl("raise-core, no C compiler", "floor", without_compiler(make), note="PyTorch's product")
+    return [Impl(name, "ours", make), floor]
+
+
 def _others(of: Callable[[LogpOf], Callable[[Hidden], Call]]) -> list[Impl]:
     """What gives per-token values; of(logp from hidden states) is the call."""
     return [
@@ -278,7 +302,7 @@ def cases(n: int, d: int, v: int, device: str, dtypes: tuple[torch.dtype, ...]) 
             [
                 Impl("GEMM", "unit", bare(1), note="hidden @ weight.T"),
                 Impl("GEMM, reused memory", "unit", bare_reused),
-                Impl("raise-core", "ours", forward(our_logp)),
+                *_ours("raise-core", forward(our_logp), device),
                 *_others(forward),
                 _cce(forward),
             ],
@@ -289,7 +313,7 @@ def cases(n: int, d: int, v: int, device: str, dtypes: tuple[torch.dtype, ...]) 
             "linear forward + backward",
             [
                 Impl("4 GEMMs", "unit", bare(4), note="logits twice, two gradients"),
-                Impl("raise-core", "ours", both(weighted(our_logp))),
+                *_ours("raise-core", both(weighted(our_logp)), device),
                 *_others(lambda logp_of: both(weighted(logp_of))),
                 _cce(lambda logp_of: both(weighted(logp_of))),
                 Impl(
@@ -303,7 +327,7 @@ def cases(n: int, d: int, v: int, device: str, dtypes: tuple[torch.dtype, ...]) 
         (
             "linear policy loss",
             [
-                Impl("raise-core linear_policy_loss", "ours", both(whole(fused_loss))),
+                *_ours("raise-core linear_policy_loss", both(whole(fused_loss)), device),
                 *_others(lambda logp_of: both(policy(logp_of))),
                 Impl(
                     "Liger fused-linear GRPO", "peer", both(whole(liger)),

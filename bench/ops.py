@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from bench import first_call, linear_cases, logits_cases
 from bench.cases import Case
-from bench.limits import judge
+from bench.limits import FIRST_CALLS, judge
 from bench.measure import Cpu, Gpu, device, timing
 from bench.peers import PACKAGES, installed
 from bench.record import RESULTS, provenance
@@ -35,7 +35,6 @@ from bench.report import records_table, verdicts_table
 from bench.run_case import Step, run_case
 from raise_kernels._compiled import library
 
-FIRST = "first call"
 VOCABULARY = 151936  # of Qwen2.5 and Qwen3
 # rows of logits, rows of hidden states, hidden size, vocabulary
 SHAPES = {"cpu": (256, 512, 1024, VOCABULARY), "cuda": (8192, 8192, 4096, VOCABULARY)}
@@ -75,27 +74,35 @@ def run(
             done += case.expected_s
             console.print(f"{case.name}, {case.dtype}: {time.monotonic() - begun:.0f} s")
         if first:
-            advance(FIRST, done)
-            made += first_records(SHAPES["cpu"][-1])
+            advance("first calls", done)
+            made += first_records((SHAPES["cpu"][0], *SHAPES["cpu"][2:]))
     return [about | record for record in made]
 
 
-def first_records(vocabulary: int) -> list[dict[str, Any]]:
-    """Seconds until a fresh process has its first result, with and without a C compiler."""
+def first_records(shape: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """Seconds until a fresh process has its first result. shape: (rows, hidden size, vocabulary)."""
+    rows, width, vocabulary = shape
+    ways = (("raise-core", True, False), ("raise-core, cached library", True, True))
+    sizes = ({"T": rows, "V": vocabulary}, {"N": rows, "D": width, "V": vocabulary})
     made = []
-    for name, compiled in (("raise-core", True), ("raise-core, no C compiler", False)):
-        record: dict[str, Any] = {
-            "case": FIRST, "dtype": "", "shape": {"T": 256, "V": vocabulary}, "implementation": name,
-            "role": "ours", "note": "fresh process, nothing compiled before", "unit": name, "version": "",
-            "error": {}, "budget": {}, "gate": "none", "extra_bytes": None, "share_of_limit": None,
-        }  # fmt: skip
-        try:
-            spent = timing([first_call.seconds(torch.get_num_threads(), vocabulary, compiled)])
-        except RuntimeError as error:
-            made.append(record | {"status": "failed", "reason": str(error)})
-            continue
-        found = {"median_s": spent.median, "low_s": spent.low, "high_s": spent.high, "samples": spent.samples}
-        made.append(record | found | {"status": "ran", "reason": ""})
+    for case, operation, size in zip(FIRST_CALLS, ("token_stats", "linear_token_stats"), sizes, strict=True):
+        for name, compiled, cached in (*ways, ("raise-core, no C compiler", False, False)):
+            note = (
+                "fresh process, library made before" if cached else "fresh process, nothing compiled before"
+            )
+            record: dict[str, Any] = {
+                "case": case, "dtype": "", "shape": size, "implementation": name, "role": "ours",
+                "note": note, "unit": name, "version": "", "error": {}, "budget": {}, "gate": "none",
+                "extra_bytes": None, "share_of_limit": None,
+            }  # fmt: skip
+            options = {"name": operation, "compiled": compiled, "cached": cached}
+            try:
+                spent = timing([first_call.seconds(torch.get_num_threads(), shape, **options)])
+            except RuntimeError as error:
+                made.append(record | {"status": "failed", "reason": str(error)})
+                continue
+            found = {"median_s": spent.median, "low_s": spent.low, "high_s": spent.high}
+            made.append(record | found | {"samples": spent.samples, "status": "ran", "reason": ""})
     return made
 
 
@@ -126,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
     machine, console = device(), Console(stderr=True)
     torch.set_num_threads(options.threads)
     chosen = [c for c in cases(machine.kind, quick=options.quick) if options.only in f"{c.name} {c.dtype}"]
-    first = machine.kind == "cpu" and not options.quick and options.only in FIRST
+    first = machine.kind == "cpu" and not options.quick and any(options.only in name for name in FIRST_CALLS)
     if not chosen and not first:
         parser.error(f"--only {options.only!r} names no case")
     with warnings.catch_warnings():

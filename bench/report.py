@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.limits import MB, Record, Verdict, judge, ratio
+from bench.limits import FIRST_CALLS, MIB, Record, Verdict, judge, ratio
 from bench.record import RESULTS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -54,7 +54,7 @@ def _line(row: Record, unit: Record, rate: str) -> str:
     share = row["share_of_limit"]
     rated = "" if not speed or row["gate"] == "red" else f"{speed:.1f}"
     rated += f" ({100 * share:.0f} %)" if rated and share is not None else ""
-    extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / MB:.1f} MB"
+    extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / MIB:.1f} MiB"
     wrong = "; ".join(f"{key} {value:.1e}" for key, value in row["error"].items())
     note = "**wrong result: no ratio is given**" if row["gate"] == "red" else row["note"]
     cells = [
@@ -71,10 +71,15 @@ def clock(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
+def plain(value: float) -> str:
+    """A number of a figure in three digits or more, without an exponent; what is below 0.01 is 0."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else "0"
+
+
 def _behind(rows: Sequence[Record]) -> str:
     """A line that names what was faster than raise-core; nothing without such, or without a right result."""
     ours = next((r for r in rows if r["role"] == "ours"), None)
-    if ours is None or ours["case"] == "first call" or ours.get("quick"):
+    if ours is None or ours["case"] in FIRST_CALLS or ours.get("quick"):
         return ""
     found = [
         f"{row['implementation']} ({share:.2f} of our time)"
@@ -157,7 +162,7 @@ def draw(records: Sequence[Record], path: Path, value: str) -> None:
 
 
 def _bars(axis: Any, rows: Sequence[Record], value: str) -> None:
-    scale = 1e-3 if value == "median_s" else MB
+    scale = 1e-3 if value == "median_s" else MIB
     kept = [r for r in rows if r["status"] == "ran" and r["gate"] != "red" and r[value] is not None]
     lengths = [r[value] / scale for r in kept]
     bars = axis.barh(range(len(kept)), lengths, color=[COLOURS[r["role"]] for r in kept])
@@ -167,12 +172,12 @@ def _bars(axis: Any, rows: Sequence[Record], value: str) -> None:
             [(r["high_s"] - r["median_s"]) / scale for r in kept],
         ]
         axis.errorbar(lengths, range(len(kept)), xerr=spread, fmt="none", ecolor="#333333", lw=0.8)
-    axis.bar_label(bars, fmt="%.3g", padding=6)
+    axis.bar_label(bars, fmt=plain, padding=6)
     axis.set_yticks(range(len(kept)), [r["implementation"] for r in kept])
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.set_title(
-        f"{rows[0]['case']}, {rows[0]['dtype']} [{'ms' if value == 'median_s' else 'MB beside the results'}]"
+        f"{rows[0]['case']}, {rows[0]['dtype']} [{'ms' if value == 'median_s' else 'MiB beside the results'}]"
     )
 
 

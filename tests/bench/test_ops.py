@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import limits, logits_cases, ops, peers, run_case
+from bench import first_call, limits, logits_cases, ops, peers, run_case
 from bench.cases import Call, Case, Impl, Truth, errors, gate
 from bench.measure import Cpu
 
@@ -51,7 +51,7 @@ def test_every_case_runs_and_is_right(quick: tuple[int, list[dict[str, Any]]]) -
         for dtype in ("float32", "bfloat16")
     }
     ours = [r for r in records if r["role"] in ("ours", "floor")]
-    assert len(ours) == 14 and {r["gate"] for r in ours} == {"green"}
+    assert len(ours) == 20 and {r["gate"] for r in ours} == {"green"}
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ def test_the_fastest_eager_counts_and_a_byte_a_logit_is_too_much() -> None:
         )
     ]  # fmt: skip
     short = [v.found for v in limits.judge(rows) if not v.ok]
-    assert short == ["1.25 × eager, reused memory", "0.0 MB"]
+    assert short == ["1.25 × eager, reused memory", "0.0 MiB"]
 
 
 def test_gpu_records_meet_the_limits_of_any_device_alone() -> None:
@@ -277,6 +277,34 @@ def test_the_switch_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         assert os.environ[logits_cases.SWITCH] == "0"
         raise KeyError
     assert os.environ[logits_cases.SWITCH] == "1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["token_stats", "linear_token_stats"])
+def test_a_first_call_finds_the_library_that_another_left(name: str) -> None:
+    shape = (8, 32, 1003)
+    assert first_call.seconds(1, shape, name=name, cached=True) > 0
+    assert first_call.seconds(1, shape, name=name, compiled=False) > 0
+
+
+def test_first_calls_are_recorded_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(
+        threads: int, shape: tuple[int, int, int], *, name: str, compiled: bool, cached: bool
+    ) -> float:
+        if name == "linear_token_stats" and not compiled:
+            raise RuntimeError("no")
+        return 1.0 if compiled else 6.0
+
+    monkeypatch.setattr(first_call, "seconds", seconds)
+    records = [{"device_kind": "cpu"} | r for r in ops.first_records((256, 1024, 151936))]
+    assert {(r["case"], r["implementation"]) for r in records} == {
+        (case, f"raise-core{way}")
+        for case in limits.FIRST_CALLS
+        for way in ("", ", cached library", ", no C compiler")
+    }
+    short = [(v.case, v.found) for v in limits.judge(records) if not v.ok]
+    assert ("first call", "6.00 s") in short and ("first linear call", "no") in short
+    assert {case for case, _ in short} == set(limits.FIRST_CALLS) and len(short) == 3
 
 
 def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

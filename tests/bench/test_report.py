@@ -58,7 +58,7 @@ def test_the_last_run_goes_between_the_markers(folder: Path) -> None:
     assert "stale" not in text and "left behind" not in text
     assert "`0123456789ab`, with changes that are not committed" in text
     assert (
-        "| raise-core | 8.0 ms (n = 9) | 8.0 ms to 8.8 ms | 2.00 | 3.0 (50 %) | 0.0 MB | logp 1.0e-07 |  |"
+        "| raise-core | 8.0 ms (n = 9) | 8.0 ms to 8.8 ms | 2.00 | 3.0 (50 %) | 0.0 MiB | logp 1.0e-07 |  |"
         in text
     )
     assert "Faster than raise-core here: a peer (0.75 of our time)." in text
@@ -67,6 +67,11 @@ def test_the_last_run_goes_between_the_markers(folder: Path) -> None:
     assert report.main(options) == 0
     assert (folder / "bench.md").read_text() == text
     assert figures == {f.name: f.read_bytes() for f in (folder / "figures").iterdir()}
+
+
+def test_numbers_of_a_figure_have_no_exponent() -> None:
+    values = (1380.4, 99.96, 12.345, 0.0512, 6e-05, 0.0)
+    assert [report.plain(v) for v in values] == ["1380", "100", "12.3", "0.0512", "0", "0"]
 
 
 def test_a_document_without_markers_is_refused() -> None:
