@@ -49,7 +49,7 @@ BAD = {
     "no `solution`": {k: v for k, v in GOOD.items() if k != "solution"},
     "no `problem`": GOOD | {"problem": "  "},
     "problem_type 'essay'": GOOD | {"problem_type": "essay"},
-    "data_type 'image'": GOOD | {"data_type": "image"},
+    "data_type 'audio'": GOOD | {"data_type": "audio"},
     "leaves the data root": GOOD | {"path": "../../etc/passwd"},
     "is no path": GOOD | {"path": "a\0b.mp4"},
     "got list": ["not", "a", "row"],

@@ -1,9 +1,4 @@
-"""Rows in the Video-R1 JSON schema, checked one by one; a bad row is refused or counted, never replaced.
-
-problem_id, problem, data_type, problem_type, options, solution "<answer>X</answer>", path "./folder/file"
-process "<think>…</think>"      supervised rows only: the chain; the target is process + solution
-references [str, …]             optional, free-form: several accepted phrasings
-"""
+"""Files of rows; a bad row is refused or counted, never replaced."""
 
 import json
 from collections import Counter
@@ -12,47 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import raise_core as rc
-
 from .config import OnBad
 from .errors import BadMedia, BadRow, UserError
+from .rows import PROBLEM_TYPES, Row, parse_row
 
-PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "OCR", "free-form")
-_STRICT = {"multiple choice", "numerical"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question about one medium."""
-
-    problem_id: int | str
-    problem: str
-    data_type: str
-    problem_type: str
-    options: tuple[str, ...]
-    solution: str
-    path: Path
-    data_source: str
-    process: str = ""
-    references: tuple[str, ...] = ()
-
-    @property
-    def strict(self) -> bool:
-        """True when the answer is right or wrong (SCRE); False when it is graded (IGSR)."""
-        return self.problem_type in _STRICT
-
-    @property
-    def question(self) -> str:
-        """The problem with its options, one a line."""
-        return "\n".join([self.problem, "Options:", *self.options]) if self.options else self.problem
-
-    def verdict(self, completion: str) -> rc.Verdict:
-        """How well a completion answers, by the rule of its kind (`raise_core.verify_details`)."""
-        return rc.verify_details(self.problem_type, completion, self.references or self.solution)
-
-    def text_score(self, completion: str) -> float:
-        """The score of `verdict`, in [0, 1]."""
-        return self.verdict(completion).score
+__all__ = ["PROBLEM_TYPES", "Refused", "Row", "keep_good", "load_rows"]
 
 
 @dataclass
@@ -114,51 +73,4 @@ def _row(index: int, raw: Any, root: Path) -> Row:
             raw = json.loads(raw)
         except json.JSONDecodeError as error:
             raise BadRow(f"row {index}: not JSON ({error.msg}); mend the line or drop it") from None
-    if not isinstance(raw, dict):
-        raise BadRow(f"row {index}: got {type(raw).__name__}, expected an object in the Video-R1 schema")
-    name = f"row {raw.get('problem_id', index)}"
-    for key in ("problem", "data_type", "problem_type", "solution", "path"):
-        if not isinstance(raw.get(key), str) or not raw[key].strip():
-            raise BadRow(f"{name}: no `{key}` (a non-empty string); add it or drop the row")
-    for key in ("process", "data_source"):
-        if not isinstance(raw.get(key, ""), str):
-            raise BadRow(f"{name}: `{key}` is {type(raw[key]).__name__}, expected a string")
-    options, references = (_strings(name, key, raw.get(key) or []) for key in ("options", "references"))
-    if raw["problem_type"] not in PROBLEM_TYPES:
-        known = ", ".join(PROBLEM_TYPES)
-        raise BadRow(f"{name}: problem_type {raw['problem_type']!r}, expected one of {known}")
-    if raw["data_type"] != "video":
-        raise BadRow(f"{name}: data_type {raw['data_type']!r}, expected 'video'; drop the row")
-    if references and raw["problem_type"] not in ("free-form", "OCR"):
-        raise BadRow(f"{name}: `references` on a {raw['problem_type']} row; give one `solution`")
-    if rc.verify_details(raw["problem_type"], "<answer>0</answer>", raw["solution"]).reason == "bad_solution":
-        raise BadRow(f"{name}: solution {raw['solution']!r} cannot be read as {raw['problem_type']}; mend it")
-    return Row(
-        problem_id=raw.get("problem_id", index),
-        problem=raw["problem"],
-        data_type=raw["data_type"],
-        problem_type=raw["problem_type"],
-        options=options,
-        solution=raw["solution"],
-        path=_below(name, root, raw["path"]),
-        data_source=raw.get("data_source", ""),
-        process=raw.get("process", ""),
-        references=references,
-    )
-
-
-def _strings(name: str, key: str, values: Any) -> tuple[str, ...]:
-    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
-        raise BadRow(f"{name}: `{key}` is {str(values)[:60]!r}, expected a list of non-empty strings")
-    return tuple(values)
-
-
-def _below(name: str, root: Path, path: str) -> Path:
-    """The file `path` names under `root`; links are followed before it is judged."""
-    try:
-        found = (root / path).resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BadRow(f"{name}: path {path!r} is no path ({error}); mend it or drop the row") from None
-    if not found.is_relative_to(root):
-        raise BadRow(f"{name}: path {path!r} leaves the data root {root}; move the file below it")
-    return found
+    return parse_row(index, raw, root)
