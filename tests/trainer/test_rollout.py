@@ -20,7 +20,7 @@ from raise_trainer.clips import write_mp4
 from raise_trainer.data import Row
 from raise_trainer.errors import BadMedia, BadRow
 from raise_trainer.prompts import Prompt, PromptBuilder, target_ids
-from raise_trainer.rollout import Rollout, sample
+from raise_trainer.rollout import Rollout, draws, sample
 from tests.budget import assert_within_error_budget
 
 
@@ -61,9 +61,9 @@ def model(processor: Any) -> Any:
 def rollout(model: Any, prompts: list[Prompt], processor: Any, seed: int = 0, eos: int = -1) -> Rollout:
     tokenizer = processor.tokenizer
     return sample(
-        model, prompts, group_size=3, max_new_tokens=12, temperature=1.0, eos=eos,
+        model, prompts, group_size=3, max_new_tokens=12, temperature=1.0, eos=[eos],
         suppress=tokenizer.convert_tokens_to_ids(list(tiny.MEDIA)),
-        generator=torch.Generator().manual_seed(seed),
+        draws=draws(seed, [(0, i) for i in range(len(prompts))], 3, 12),
     )  # fmt: skip
 
 
@@ -185,8 +185,8 @@ def test_sampling_repeats_with_its_seed_and_never_draws_media(
 def test_greedy_takes_the_best_token(model: Any, prompts: list[Prompt], processor: Any) -> None:
     tokenizer = processor.tokenizer
     rolled = sample(
-        model, prompts[:1], group_size=2, max_new_tokens=4, temperature=0.0, eos=tokenizer.eos_token_id,
-        suppress=[], generator=None,
+        model, prompts[:1], group_size=2, max_new_tokens=4, temperature=0.0, eos=[tokenizer.eos_token_id],
+        suppress=[], draws=None,
     )  # fmt: skip
     rows = rc.Scorer(model).completion_rows(rolled.inputs, rolled.groups)
     assert model.lm_head(rows.hidden).argmax(-1).tolist() == [t for c in rolled.completions for t in c]

@@ -1,6 +1,7 @@
 """Rewards of completions written by hand: right, wrong, unanswered; strict and open; both kinds of reward."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from raise_trainer import tiny, world
 from raise_trainer.clips import write_mp4
 from raise_trainer.data import Row
 from raise_trainer.evaluate import judge, summary
+from raise_trainer.grpo import _groups, _own_figures
+from raise_trainer.method import Method
 from raise_trainer.prompts import PromptBuilder
 from raise_trainer.rollout import Rollout
-from raise_trainer.scoring import Scored, score, share_of_equal_groups
-from raise_trainer.update import grpo_step, sft_step
+from raise_trainer.scoring import Scored, score
+from raise_trainer.update import policy_step, sft_step
 from tests.budget import assert_exact
 
 GREEN, RED = "<think>the colour is green</think>", "<think>the colour is red</think>"
@@ -61,8 +64,18 @@ def rolled(processor: Any, tmp_path_factory: pytest.TempPathFactory) -> Rollout:
     return Rollout([builder(row) for row in rows], completions, none, none, [0] * G + [1] * G)
 
 
+def method(**other: Any) -> Method:
+    return Method(group_size=G, max_new_tokens=28, **other)
+
+
 def scored(rolled: Rollout, model: Any, processor: Any, kind: Any) -> Scored:
-    return score(rolled, rc.Scorer(model), processor.tokenizer, group_size=G, kind=kind)
+    return score(
+        rolled,
+        rc.Scorer(model),
+        processor.tokenizer,
+        method(reward=kind),
+        eos=[processor.tokenizer.eos_token_id],
+    )
 
 
 def test_accuracy_rewards_are_the_text_scores(rolled: Rollout, model: Any, processor: Any) -> None:
@@ -94,10 +107,10 @@ def test_both_kinds_log_the_same_figures(rolled: Rollout, model: Any, processor:
     assert_exact(a.logp_ref, b.logp_ref, name="logp_ref")
 
 
-def test_groups_of_one_reward_are_counted() -> None:
-    owner = [0, 0, 1, 1, 2, 2]
-    reward = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
-    assert round(3 * share_of_equal_groups(reward, owner)) == 2
+def test_groups_of_one_reward_are_counted(rolled: Rollout, model: Any, processor: Any) -> None:
+    got = scored(rolled, model, processor, "accuracy")
+    same = replace(got, reward=torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 1]))
+    assert _own_figures(rolled, same)["equal_groups_share"] == 0.5
 
 
 def test_right_and_match_are_judged_apart(rolled: Rollout) -> None:
@@ -125,14 +138,15 @@ def test_grpo_raises_what_has_advantage_and_sft_its_targets(rolled: Rollout, pro
     before = scored(rolled, model, processor, "accuracy")
     optimizer, policy = torch.optim.SGD(model.parameters(), lr=0.05), rc.Scorer(model)
     advantage = rc.group_advantages(before.reward, torch.tensor(rolled.owner))
-    figures = grpo_step(policy, optimizer, rolled, advantage, before.logp_ref, kind="dr_grpo", max_length=28)
+    groups = _groups(rolled, before, advantage, mask_truncated=False)
+    figures = policy_step(policy, optimizer, groups, method())
     assert figures["kl"] == 0.0 and figures["ratio_mean"] == 1.0
     lengths = [len(c) for c in rolled.completions]
     change = scored(rolled, model, processor, "accuracy").logp_ref - before.logp_ref
     by_completion = torch.stack([c.sum() for c in change.split(lengths)])
     assert (by_completion * advantage).sum() > 0
     losses = [
-        sft_step(policy, optimizer, rolled.prompts, [rolled.completions[0], rolled.completions[4]])["loss"]
+        sft_step(policy, optimizer, rolled.inputs, [rolled.completions[0], rolled.completions[4]])["loss"]
         for _ in range(3)
     ]
     assert losses[2] < losses[1] < losses[0]
@@ -144,9 +158,9 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(rolled: Rollout, pro
     model = tiny.build_model(processor, seed=0)
     kept = {name: weight.clone() for name, weight in model.state_dict().items()}
     bad = torch.full((2 * G,), float("nan"))
-    zeros = torch.zeros(sum(map(len, rolled.completions)))
+    groups = _groups(rolled, scored(rolled, model, processor, "accuracy"), bad, mask_truncated=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(UserError, match="the loss is nan"):
-        grpo_step(rc.Scorer(model), optimizer, rolled, bad, zeros, kind="grpo", max_length=28)
+        policy_step(rc.Scorer(model), optimizer, groups, method(loss="grpo"))
     for name, weight in model.state_dict().items():
         assert_exact(weight, kept[name], name=name)

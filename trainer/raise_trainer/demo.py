@@ -105,7 +105,7 @@ def prepare(config: DemoConfig, log: Logbook) -> Prepared:
             raise UserError(f"{root / name}.json: no usable row is left; {refused}")
     sampling = {
         "max_new_tokens": config.max_new_tokens,
-        "eos": tokenizer.eos_token_id,
+        "eos": [tokenizer.eos_token_id],
         "suppress": tokenizer.convert_tokens_to_ids(list(tiny.MEDIA)),
     }
     return Prepared(processor, supervised, prompts["train"], prompts["test"], sampling)
@@ -122,7 +122,7 @@ def held_out(model: Any, data: Prepared, config: DemoConfig, log: Logbook, name:
                 data.processor.tokenizer,
                 samples=samples,
                 temperature=temperature,
-                generator=torch.Generator(model.device).manual_seed(config.seed),
+                seed=config.seed,
                 advance=stage.advance,
                 **data.sampling,
             )

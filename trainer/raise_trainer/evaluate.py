@@ -10,7 +10,9 @@ from raise_core.tags import answer_in, last_pair
 from . import world
 from .data import Row
 from .prompts import Prompt
-from .rollout import sample
+from .rollout import draws, sample
+
+EVALUATION = -1  # the step of its draws
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def evaluate(
     *,
     samples: int,
     temperature: float,
+    seed: int = 0,
     batch: int = 64,
     advance: Callable[[int], None] = lambda _: None,
     **sampling: Any,
@@ -72,7 +75,9 @@ def evaluate(
     answered = []
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
-        rollout = sample(model, some, group_size=samples, temperature=temperature, **sampling)
+        places = [(EVALUATION, start + i) for i in range(len(some))]
+        taken = draws(seed, places, samples, sampling["max_new_tokens"]) if temperature else None
+        rollout = sample(model, some, group_size=samples, temperature=temperature, draws=taken, **sampling)
         found = rc.find_answer_spans(rollout.completions, tokenizer)
         for ids, logp, p, span in zip(rollout.completions, rollout.logp, rollout.owner, found, strict=True):
             row, text = some[p].row, tokenizer.decode(ids)

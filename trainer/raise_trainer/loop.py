@@ -1,12 +1,4 @@
-"""The two training loops.  `run_grpo` reads like the method's algorithm box.
-
-    for every batch of prompts:
-        sample G completions each                           rollout.sample
-        text score, confidence under the reference,
-        SCRE / IGSR reward                                  scoring.score
-        reward minus its group's mean                       raise_core.group_advantages
-        one policy-gradient step                            update.grpo_step
-        the reference follows slowly                        raise_core.EmaReference
+"""The demo's two training loops; `grpo.Grpo.step` reads like the method's algorithm box.
 
 Departures from the paper: one update per rollout (so no clipping happens), no KL term (as in its best
 setting), a reference that starts from the warm-started model instead of a pretrained one.
@@ -23,11 +15,13 @@ import raise_core as rc
 
 from .config import DemoConfig
 from .evaluate import judge
+from .grpo import Grpo
 from .logbook import Logbook
+from .method import Method
 from .prompts import Prompt
-from .rollout import Rollout, sample
-from .scoring import Scored, score, share_of_equal_groups
-from .update import grpo_step, sft_step
+from .rollout import Rollout, draws
+from .scoring import Scored
+from .update import sft_step
 
 T = TypeVar("T")
 TABLE_EVERY = 50  # GRPO steps between completion tables
@@ -74,7 +68,7 @@ def run_sft(
         for step in range(steps):
             _set_lr(optimizer, config.warm_lr, step, steps)
             batch = next(batches)
-            figures = sft_step(scorer, optimizer, [e.prompt for e in batch], [e.target for e in batch])
+            figures = sft_step(scorer, optimizer, [e.prompt.inputs for e in batch], [e.target for e in batch])
             log.write(name, step, **figures)
             stage.advance(loss=figures["loss"])
 
@@ -91,49 +85,26 @@ def run_grpo(
 ) -> None:
     """GRPO with the configured reward."""
     reference = rc.EmaReference(model, decay=config.ema_decay)
-    policy, judge_of_confidence = rc.Scorer(model), rc.Scorer(reference.model)
     optimizer = _adamw(model, config.grpo_lr)
     batches = _batches(prompts, config.prompts, random.Random(f"{config.seed} grpo"))
-    generator = torch.Generator(model.device).manual_seed(config.seed)
+    grpo = Grpo(
+        model, reference, optimizer, tokenizer, Method.of(config),
+        eos=sampling["eos"], suppress=sampling["suppress"],
+    )  # fmt: skip
     with log.stage(name, config.grpo_steps) as stage:
         for step in range(config.grpo_steps):
             _set_lr(optimizer, config.grpo_lr, step, config.grpo_steps)
-            model.eval()
-            rollout = sample(
-                model,
-                next(batches),
-                group_size=config.group_size,
-                temperature=config.temperature,
-                generator=generator,
-                **sampling,
+            places = [(step, index) for index in range(config.prompts)]
+            made = grpo.step(
+                next(batches), draws(config.seed, places, config.group_size, config.max_new_tokens), step
             )
-            with reference.active():
-                scored = score(
-                    rollout,
-                    judge_of_confidence,
-                    tokenizer,
-                    group_size=config.group_size,
-                    kind=config.reward,
-                )
-            group = torch.tensor(rollout.owner)
-            advantage = rc.group_advantages(scored.reward, group, min_std=config.min_std)
-            model.train()
-            figures = grpo_step(
-                policy,
-                optimizer,
-                rollout,
-                advantage,
-                scored.logp_ref,
-                kind=config.loss,
-                max_length=config.max_new_tokens,
-            )
-            reference.update(model, step + 1)
-            figures |= scored.metrics | _judged(rollout, scored)
-            figures["equal_groups_share"] = share_of_equal_groups(scored.reward, rollout.owner)
+            assert made.scored is not None
+            figures = made.figures | _judged(made.rollout, made.scored)
             log.write(name, step, **figures)
             stage.advance(reward=figures["reward_mean"], acc=figures["accuracy"], match=figures["match"])
             if step % TABLE_EVERY == TABLE_EVERY - 1:
-                _completion_table(log, tokenizer, f"{name}, step {step + 1}", rollout, scored, advantage)
+                title = f"{name}, step {step + 1}"
+                _completion_table(log, tokenizer, title, made.rollout, made.scored, made.advantage)
 
 
 def _judged(rollout: Rollout, scored: Scored) -> dict[str, float]:

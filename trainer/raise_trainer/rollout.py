@@ -1,5 +1,6 @@
 """Sampling G completions per prompt: a prompt is encoded once, its key-value cache serves its group."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,15 +54,19 @@ def sample(
     group_size: int,
     max_new_tokens: int,
     temperature: float,
-    eos: int,
+    eos: Sequence[int],
     suppress: Sequence[int],
-    generator: torch.Generator | None,
+    draws: Tensor | None,
 ) -> Rollout:
     """Sample until every completion has ended or `max_new_tokens` are reached; temperature 0 is greedy.
 
-    suppress: token ids never sampled. The media placeholders belong there: a user of the text would take one
-    for a medium that is not there.
+    draws [B, max_new_tokens] fp64 in [0, 1): where in the distribution each token is taken, so that a
+    completion depends on its own draws alone, whatever shares the batch (up to roundings of the model). None
+    is for temperature 0. eos: token ids that end a completion. suppress: token ids never sampled. The media
+    placeholders belong there: a user of the text would take one for a medium that is not there.
     """
+    if not prompts:
+        return Rollout([], [], [], [], [])
     backbone, b = Backbone(model), len(prompts) * group_size
     owner = [i // group_size for i in range(b)]
     start = prefill(backbone, [p.inputs for p in prompts], max_new_tokens).select(owner)
@@ -73,17 +78,17 @@ def sample(
     entropy: list[list[float]] = [[] for _ in range(b)]
     for step in range(max_new_tokens):
         logits = head(hidden).float()  # [rows, V]
-        token = _pick(logits, temperature, never, generator)
+        token = _pick(logits, temperature, never, None if draws is None else draws[growing, step])
         stats = rc.token_stats(logits, token, want=("logp", "entropy"))
         ids = token.tolist()
-        ended = [completions[c][-1:] == [eos] for c in growing]
+        ended = [completions[c][-1:] != [] and completions[c][-1] in eos for c in growing]
         for c, over, *values in zip(
             growing, ended, ids, stats.logp.tolist(), stats.entropy.tolist(), strict=True
         ):
             if not over:
                 for kept, value in zip((completions, logp, entropy), values, strict=True):
                     kept[c].append(value)
-        open_rows = [row for row, c in enumerate(growing) if completions[c][-1] != eos]
+        open_rows = [row for row, c in enumerate(growing) if completions[c][-1] not in eos]
         if not open_rows or step == max_new_tokens - 1:
             break
         if len(open_rows) <= SHRINK * len(growing):
@@ -103,8 +108,31 @@ def sample(
     return Rollout(list(prompts), completions, *as_tensors, owner)
 
 
-def _pick(logits: Tensor, temperature: float, never: Tensor, generator: torch.Generator | None) -> Tensor:
+def _pick(logits: Tensor, temperature: float, never: Tensor, draws: Tensor | None) -> Tensor:
+    """A token for each row; `draws` [rows] are places in the cumulative distribution."""
     allowed = logits.index_fill(1, never, float("-inf"))
     if temperature == 0:
         return allowed.argmax(-1)
-    return torch.multinomial(torch.softmax(allowed / temperature, -1), 1, generator=generator)[:, 0]
+    if draws is None:
+        raise ValueError(
+            f"draws: got None at temperature {temperature}, wanted [B, max_new_tokens] in [0, 1)"
+        )
+    below = torch.softmax(allowed / temperature, -1, dtype=torch.float64).cumsum(-1)
+    total = below[:, -1:]
+    place = draws.to(logits.device)[:, None] * total
+    # A product that rounds up to the total would name a column beyond the last one that may be drawn.
+    place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(below, place, right=True)[:, 0]
+
+
+def draws(seed: int, places: Sequence[tuple[int, int]], group_size: int, max_new_tokens: int) -> Tensor:
+    """Draws [P * G, max_new_tokens] fp64 for prompts by their place (step, index in it): a function of these.
+
+    So they are the same on every device, for any number of processes, and after a restart.
+    """
+    rows = [torch.zeros(0, max_new_tokens, dtype=torch.float64)]
+    for step, index in places:
+        digest = hashlib.sha256(f"{seed} {step} {index}".encode()).digest()
+        source = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        rows.append(torch.rand(group_size, max_new_tokens, dtype=torch.float64, generator=source))
+    return torch.cat(rows)

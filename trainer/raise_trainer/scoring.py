@@ -1,5 +1,6 @@
 """From sampled completions to rewards: text score, answer span, confidence under the reference, reward."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,10 @@ from torch import Tensor
 
 import raise_core as rc
 
-from .config import RewardKind
+from .method import Method
 from .rollout import Rollout
+
+FORM = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,9 @@ class Scored:
     """B completions with their rewards.
 
     text [B]: decoded completions.  score [B]: text score in [0, 1].  found [B]: answer spans.
-    reward [B]; confidence [B] in [0, 1], under the reference, for wrong answers too.
-    logp_ref [T]: log-probability of every completion token under the reference [nats].
+    reward [B]; confidence [B] in [0, 1], under the reference, for wrong answers too. truncated [B]: no end.
+    logp_ref [T]: log-probability of every completion token under the reference, at the sampling temperature,
+    as the policy's in the KL [nats].
     metrics: means over this batch, by name.
     """
 
@@ -28,18 +32,20 @@ class Scored:
     found: list[rc.Found]
     reward: Tensor
     confidence: Tensor
+    truncated: Tensor
     logp_ref: Tensor
     metrics: dict[str, float]
 
 
 @torch.no_grad()
 def score(
-    rollout: Rollout, scorer: rc.Scorer, tokenizer: Any, *, group_size: int, kind: RewardKind
+    rollout: Rollout, scorer: rc.Scorer, tokenizer: Any, method: Method, *, eos: Sequence[int]
 ) -> Scored:
     """Score a rollout under the reference that `scorer` holds; call where that reference is active.
 
-    kind: "scre-igsr" rewards right answers by the reference's confidence in them (SCRE for strict rows, IGSR
-    for open ones); "accuracy" rewards by the text score alone. Both log the same figures.
+    method.reward: "scre-igsr" rewards right answers by the reference's confidence in them (SCRE for strict
+    rows, IGSR for open ones); "accuracy" rewards by the text score alone. Both log the same figures.
+    confidence_share k: text * (1 - k) + k * confidence reward. format_weight is added for the wanted form.
     """
     rows = [rollout.prompts[p].row for p in rollout.owner]
     text = [tokenizer.decode(ids) for ids in rollout.completions]
@@ -51,19 +57,36 @@ def score(
     spans = rc.build_spans(found, rollout.completions, first_rows, rollout.owner).to(device)
     strict = torch.tensor([row.strict for row in rows])
     got = rc.confidence_rewards(
-        spans, text_score.to(device), strict.to(device), hidden=states.hidden, group_size=group_size, **head
+        spans,
+        text_score.to(device),
+        strict.to(device),
+        hidden=states.hidden,
+        group_size=method.group_size,
+        variant=method.igsr_variant,
+        **head,
     )
-    logp_ref = rc.linear_token_stats(states.hidden, targets=states.targets, **head).logp
-    reward, confidence = got.reward.cpu(), got.confidence.cpu()
+    logp_ref = rc.linear_token_stats(
+        states.hidden, targets=states.targets, temperature=method.temperature, **head
+    ).logp
+    confidence, k = got.confidence.cpu(), method.confidence_share
+    reward = text_score
+    if method.reward == "scre-igsr":
+        reward = text_score * (1 - k) + k * got.reward.cpu() if k < 1 else got.reward.cpu()
+    well_formed = torch.tensor([bool(FORM.fullmatch(_visible(t, tokenizer))) for t in text])
+    if method.format_weight:
+        reward = reward + method.format_weight * well_formed
+    truncated = torch.tensor([ids[-1:] == [] or ids[-1] not in eos for ids in rollout.completions])
     answered = strict & (spans.lengths.cpu() > 0)
     plain = rc.scre(got.parts["logp"], spans.offsets, eta=0.0, lam=0.0, first_index=0).cpu()  # Π p
     shares = got.metrics()
     metrics = {
-        "reward_mean": float(reward.mean() if kind == "scre-igsr" else text_score.mean()),
+        "reward_mean": float(reward.mean()),
         "text_score_mean": float(text_score.mean()),
         "confidence_mean": float(confidence.mean()),
         "completion_tokens_mean": sum(map(len, rollout.completions)) / len(rollout.completions),
         "answer_missing_share": sum(f.reason is not None for f in found) / len(found),
+        "truncated_share": _share(truncated),
+        "well_formed_share": _share(well_formed),
         "answer_cut_share": sum(verdict.cut for verdict in verdicts) / len(verdicts),
         "scre_differs_share": _share((confidence - plain).abs()[answered] > 0.01),
         "igsr_bonus_share": _number(shares["bonus_share"]),
@@ -73,11 +96,17 @@ def score(
         text,
         text_score,
         found,
-        reward if kind == "scre-igsr" else text_score,
+        reward,
         confidence,
+        truncated,
         logp_ref.cpu(),
         metrics,
     )
+
+
+def _visible(text: str, tokenizer: Any) -> str:
+    """Without the end-of-sequence token's text."""
+    return text.removesuffix(tokenizer.eos_token or "").strip()
 
 
 def _number(value: Tensor) -> float:
@@ -88,9 +117,3 @@ def _number(value: Tensor) -> float:
 def _share(flags: Tensor) -> float:
     """Share of True; 0 when there is nothing to count."""
     return float(flags.float().mean()) if flags.numel() else 0.0
-
-
-def share_of_equal_groups(reward: Tensor, owner: Sequence[int]) -> float:
-    """Share of prompts all of whose completions have the same reward: they teach nothing in this step."""
-    groups = reward.view(len(set(owner)), -1)
-    return _share(groups.amax(1) == groups.amin(1))

@@ -1,72 +1,163 @@
 """The two gradient steps, supervised and GRPO; the only file with `backward()`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import raise_core as rc
 
+from . import ranks
+from .checkpoints import StepGuard
 from .errors import UserError
-from .prompts import Prompt
-from .rollout import Rollout
+from .method import Method
 
 MAX_GRAD_NORM = 1.0
+
+
+@dataclass
+class Group:
+    """A prompt and those of its completions that are learned from.
+
+    advantage [g]; logp_ref [t] of their tokens in order. logp_old [t]: log-probabilities of the policy that
+    sampled, at the sampling temperature; None until the first update, in which the policy is that one.
+    """
+
+    inputs: dict[str, Any]
+    completions: list[list[int]]
+    advantage: Tensor
+    logp_ref: Tensor
+    logp_old: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens."""
+        return sum(map(len, self.completions))
+
+    @property
+    def cost(self) -> int:
+        """Tokens of its packed pass."""
+        return int(self.inputs["input_ids"].shape[-1]) + self.tokens
+
+
+def micro_batches(groups: Sequence[Group], most: int) -> Iterator[list[Group]]:
+    """Whole groups in order, of at most `most` tokens together; a larger group is by itself."""
+    kept, room = list[Group](), most
+    for group in groups:
+        if kept and group.cost > room:
+            yield kept
+            kept, room = [], most
+        kept.append(group)
+        room -= group.cost
+    if kept:
+        yield kept
 
 
 def sft_step(
     scorer: rc.Scorer,
     optimizer: torch.optim.Optimizer,
-    prompts: Sequence[Prompt],
+    inputs: Sequence[dict[str, Any]],
     targets: Sequence[Sequence[int]],
+    *,
+    micro_tokens: int = 1 << 20,
+    guard: StepGuard | None = None,
+    step: int = 0,
 ) -> dict[str, float]:
-    """One step on the mean negative log-probability of the target tokens."""
-    stats = scorer.token_stats([p.inputs for p in prompts], [[t] for t in targets], want=("logp", "entropy"))
-    logp, entropy = (torch.cat([getattr(s, name) for (s,) in stats]) for name in ("logp", "entropy"))
-    loss = -logp.mean()
-    return {"loss": loss.item(), "entropy": entropy.mean().item()} | _step(scorer.model, optimizer, loss)
+    """One step on the mean negative log-probability of the target tokens of all processes."""
+    none = torch.zeros(0)
+    groups = [Group(i, [list(t)], none, none) for i, t in zip(inputs, targets, strict=True)]
+    (tokens,) = ranks.totals(sum(g.tokens for g in groups))
+    optimizer.zero_grad(set_to_none=True)
+    loss = entropy = 0.0
+    for some in micro_batches(groups, micro_tokens):
+        found = scorer.token_stats(
+            [g.inputs for g in some], [g.completions for g in some], want=("logp", "entropy")
+        )
+        logp, h = (torch.cat([getattr(s, name) for (s,) in found]) for name in ("logp", "entropy"))
+        part = -logp.sum() / max(tokens, 1)
+        part.backward()
+        loss += part.item()
+        entropy += h.sum().item() / max(tokens, 1)
+    loss, entropy = ranks.totals(loss, entropy)
+    figures = {"loss": loss, "entropy": entropy}
+    return figures | finish(scorer.model, optimizer, loss, guard, step, [g.completions for g in groups])
 
 
-def grpo_step(
+def policy_step(
     scorer: rc.Scorer,
     optimizer: torch.optim.Optimizer,
-    rollout: Rollout,
-    advantage: Tensor,
-    logp_ref: Tensor,
+    groups: Sequence[Group],
+    method: Method,
     *,
-    kind: str,
-    max_length: int,
+    guard: StepGuard | None = None,
+    step: int = 0,
 ) -> dict[str, float]:
-    """One on-policy step: the old policy is this one, so its log-probabilities come for free."""
-    rows = scorer.completion_rows(rollout.inputs, rollout.groups)
-    device, head = rows.hidden.device, scorer.head().options()
-    result = rc.linear_policy_loss(
-        rows.hidden,
-        head.pop("weight"),
-        rows.targets,
-        None,
-        advantage.to(device),
-        rows.offsets,
-        kind=kind,
-        logp_ref=logp_ref.to(device),
-        num_tokens=len(rows.targets),
-        num_sequences=len(rollout.completions),
-        max_length=max_length,
-        **head,
-    )
-    metrics = {name: value.item() for name, value in result.metrics.items()}
-    metrics |= {"loss": result.loss.item(), "entropy": torch.cat(rollout.entropy).mean().item()}
-    return metrics | _step(scorer.model, optimizer, result.loss)
+    """One optimiser step on these groups and those of the other processes.
 
-
-def _step(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> dict[str, float]:
-    if not torch.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss.item()}; the weights were left as they were; lower the learning rate"
-        )
+    Normalisers count the completions of all of them, and gradients are summed: neither micro-batches nor the
+    number of processes changes the step. The first update of a rollout is on-policy, and leaves each group
+    its `logp_old` for the next ones.
+    """
+    tokens, sequences = ranks.totals(sum(g.tokens for g in groups), sum(len(g.completions) for g in groups))
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM, error_if_nonfinite=True)
+    parts = list[dict[str, float]]()
+    for some in micro_batches(groups, method.micro_tokens):
+        rows = scorer.completion_rows([g.inputs for g in some], [g.completions for g in some])
+        device, head = rows.hidden.device, scorer.head().options()
+        olds = [g.logp_old for g in some if g.logp_old is not None]
+        made = rc.linear_policy_loss(
+            rows.hidden,
+            head.pop("weight"),
+            rows.targets,
+            torch.cat(olds).to(device) if olds else None,
+            torch.cat([g.advantage for g in some]).to(device),
+            rows.offsets,
+            temperature=method.temperature,
+            kind=method.loss,
+            num_tokens=tokens,
+            num_sequences=sequences,
+            max_length=method.max_new_tokens,
+            logp_ref=torch.cat([g.logp_ref for g in some]).to(device),
+            kl=method.kl,
+            eps_low=method.clip[0],
+            eps_high=method.clip[1],
+            **head,
+        )
+        made.loss.backward()
+        assert made.logp is not None
+        for group, logp in zip(some, made.logp.split([g.tokens for g in some]), strict=True):
+            if group.logp_old is None:
+                group.logp_old = logp.detach().cpu()
+        parts.append({"loss": made.loss.item()} | {k: v.item() for k, v in made.metrics.items()})
+    figures = ranks.joined(parts)
+    batch = [{"completions": g.completions, "advantage": g.advantage} for g in groups]
+    return figures | finish(scorer.model, optimizer, figures.get("loss", 0.0), guard, step, batch)
+
+
+def finish(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: float,
+    guard: StepGuard | None,
+    step: int,
+    batch: Any,
+) -> dict[str, float]:
+    """Sum gradients over the processes, clip, and step if everything is finite.
+
+    Without a guard UserError says that it is not; the weights are as they were either way.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ranks.sum_gradients(trained)
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM))
+    if guard is not None:
+        if not guard.good(step, batch=batch, loss=loss, grad_norm=norm):
+            return {"grad_norm": norm, "skipped": 1.0}
+    elif not (abs(loss) < float("inf") and norm < float("inf")):
+        raise UserError(
+            f"the loss is {loss}, the gradient's norm {norm}; the weights were left as they were; lower the "
+            "learning rate"
+        )
     optimizer.step()
-    return {"grad_norm": norm.item()}
+    return {"grad_norm": norm}

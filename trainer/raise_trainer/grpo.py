@@ -1,0 +1,159 @@
+"""One GRPO step, the same for the demo and for a training run.
+
+sample G completions each                           rollout.sample
+text score, confidence under the reference,
+SCRE / IGSR reward                                  scoring.score
+reward minus its group's mean                       raise_core.group_advantages
+policy-gradient steps                               update.policy_step
+the reference follows slowly                        raise_core.EmaReference
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import raise_core as rc
+
+from . import ranks
+from .checkpoints import StepGuard
+from .method import Method
+from .prompts import Prompt
+from .rollout import Rollout, sample
+from .scoring import Scored, score
+from .update import Group, policy_step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step saw and did; figures are means or sums over all processes, the rest is this one's."""
+
+    rollout: Rollout
+    scored: Scored | None
+    advantage: Tensor
+    figures: dict[str, float]
+
+
+@dataclass
+class Phases:
+    """Seconds spent in each phase since the last `take`."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """`with phases("score"):` counts what runs inside."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def take(self) -> dict[str, float]:
+        """What was spent; counting begins anew."""
+        spent, self.seconds = self.seconds, {}
+        return spent
+
+
+class Grpo:
+    """A policy, its reference and its optimiser.
+
+    tokenizer: of the model. eos, suppress: token ids that end a completion, and that are never sampled.
+    guard: what to do with a step that is not finite; without one it is an error.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reference: rc.Reference,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Any,
+        method: Method,
+        *,
+        eos: Sequence[int],
+        suppress: Sequence[int],
+        guard: StepGuard | None = None,
+    ) -> None:
+        self.model, self.reference, self.optimizer = model, reference, optimizer
+        self.tokenizer, self.method = tokenizer, method
+        self.eos, self.suppress, self.guard = list(eos), list(suppress), guard
+        self.policy = rc.Scorer(model, max_tokens=method.micro_tokens)
+        # A reference that is swapped in, or is an adapter, lives in the policy's own modules.
+        self.confidant = rc.Scorer(reference.model, max_tokens=method.micro_tokens)
+        self.phases = Phases()
+
+    def step(self, prompts: Sequence[Prompt], draws: Tensor, step: int) -> Outcome:
+        """Sample, reward, update; `step` counts finished optimiser steps. All processes call it.
+
+        draws: see `rollout.sample`. A process may have no prompts at all.
+        """
+        method = self.method
+        self.model.eval()
+        with self.phases("rollout"):
+            rollout = sample(
+                self.model, prompts, group_size=method.group_size, max_new_tokens=method.max_new_tokens,
+                temperature=method.temperature, eos=self.eos, suppress=self.suppress, draws=draws,
+            )  # fmt: skip
+        with self.phases("score"), self.reference.active():
+            scored = score(rollout, self.confidant, self.tokenizer, method, eos=self.eos) if prompts else None
+        advantage = self._advantages(scored, rollout)
+        groups = _groups(rollout, scored, advantage, mask_truncated=method.mask_truncated)
+        self.model.train()
+        figures = dict[str, float]()
+        with self.phases("update"):
+            for update in range(method.updates):
+                figures |= policy_step(
+                    self.policy, self.optimizer, groups, method, guard=self.guard, step=step + update
+                )
+                self.reference.update(self.model, step + update + 1)
+        own = _own_figures(rollout, scored)
+        return Outcome(rollout, scored, advantage, figures | ranks.mean(own, len(rollout.completions)))
+
+    def _advantages(self, scored: Scored | None, rollout: Rollout) -> Tensor:
+        """[B]; a batch-wide standard deviation is that of all processes."""
+        rewards = scored.reward.tolist() if scored else []
+        every = ranks.gather((rewards, rollout.owner))
+        places = [(r, p) for r, (_, owners) in enumerate(every) for p in owners]
+        number = {place: i for i, place in enumerate(dict.fromkeys(places))}
+        if not places:
+            return torch.zeros(0)
+        whole = rc.group_advantages(
+            torch.tensor([x for own, _ in every for x in own]),
+            torch.tensor([number[place] for place in places]),
+            scale=self.method.scale,
+            min_std=self.method.min_std,
+        )
+        return whole.split([len(own) for own, _ in every])[ranks.rank()]
+
+
+def _groups(
+    rollout: Rollout, scored: Scored | None, advantage: Tensor, *, mask_truncated: bool
+) -> list[Group]:
+    """What is learned from, by prompt; a completion that is left out still counted in its group's mean."""
+    if scored is None:
+        return []
+    logp_ref = scored.logp_ref.split([len(ids) for ids in rollout.completions])
+    groups = []
+    for p, inputs in enumerate(rollout.inputs):
+        kept = [
+            b
+            for b, owner in enumerate(rollout.owner)
+            if owner == p and not (mask_truncated and bool(scored.truncated[b]))
+        ]
+        if kept:
+            completions = [rollout.completions[b] for b in kept]
+            groups.append(Group(inputs, completions, advantage[kept], torch.cat([logp_ref[b] for b in kept])))
+    return groups
+
+
+def _own_figures(rollout: Rollout, scored: Scored | None) -> dict[str, float]:
+    if scored is None:
+        return {}
+    rewards = scored.reward.view(len(rollout.prompts), -1)
+    equal = (rewards.amax(1) == rewards.amin(1)).float().mean()
+    entropy = torch.cat(rollout.entropy).mean()
+    return scored.metrics | {"entropy": float(entropy), "equal_groups_share": float(equal)}
