@@ -118,7 +118,7 @@ def inspect(variant: Variant, target_name: str) -> Report:
 def faults(variant: Variant, target: Target, report: Report) -> list[str]:
     """What forbids launching a variant with the counts of `report` on `target`; empty when nothing does."""
     found = []
-    if report.spills:
+    if report.spills > variant.spills:
         found.append(f"{report.spills} bytes or registers spilled")
     if report.shared > target.shared_limit:
         found.append(f"{report.shared} bytes of shared memory, the limit is {target.shared_limit}")
@@ -139,7 +139,7 @@ def faults(variant: Variant, target: Target, report: Report) -> list[str]:
 
 def tally(variant: Variant, target: Target, code: list[Instruction], report: Report) -> None:
     """Count what `faults` judges, in the loops of `variant`; ValueError where it lacks its main loop."""
-    kernel = range(len(code))
+    kernel = [*range(len(code))]
     main, tiles = main_loop(code, variant.loop) if variant.loop else (kernel, kernel)
     report.wide_loads = count(code, main, WIDE_LOAD)
     report.narrow_loads = count(code, main, LOAD) - report.wide_loads

@@ -45,6 +45,7 @@ class Tile(NamedTuple):
 # sm_90    128 x 256 reads least, but with 8 warps its sums leave too few registers, with 16 level 1 does
 # sm_100   sums live in tensor memory; 3 stages of 128 x 256 take 144 of 227 KB
 # gfx942   4 warps own 64 x 64 each, whose masks exceed the scalar registers under a softcap and at level 2
+LOOSE = ("level 0 loose", "level 1 loose", "level 2 loose", "gradient loose")
 HALVES = {
     "sm_80": {
         "level 0": Tile(128, 128, 32, 8, 4, 128),
@@ -59,13 +60,15 @@ HALVES = {
         "level 2": Tile(128, 128, 64, 8, 3, 32),
         "level 0 capped": Tile(128, 128, 64, 8, 3, 32),
         "gradient": Tile(128, 128, 64, 8, 3, 32),
-    },
+    }
+    | dict.fromkeys(LOOSE, Tile(128, 128, 32, 8, 3, 32)),
     "sm_100": {
         "level 0": Tile(128, 256, 64, 8, 3, 32),
         "level 1": Tile(128, 256, 64, 8, 3, 32),
         "level 2": Tile(128, 256, 64, 8, 3, 32),
         "gradient": Tile(128, 128, 64, 8, 3, 32),
-    },
+    }
+    | dict.fromkeys(LOOSE, Tile(64, 128, 32, 8, 3, 32)),
     "gfx942": {
         "level 0": Tile(128, 128, 32, 4, 2, 32),
         "level 1": Tile(128, 128, 32, 4, 2, 32),
@@ -74,9 +77,7 @@ HALVES = {
         "level 1 capped": Tile(128, 128, 64, 8, 2, 32),
         "gradient": Tile(128, 128, 64, 8, 2, 32),
     }
-    | dict.fromkeys(
-        ("level 0 loose", "level 1 loose", "level 2 loose", "gradient loose"), Tile(128, 128, 32, 8, 2, 32)
-    ),
+    | dict.fromkeys(LOOSE, Tile(128, 128, 32, 8, 2, 32)),
 }
 # NVIDIA multiplies fp32 on its ordinary units, from registers: 4 warps spill, and a depth of 32 above level 0
 SINGLES = {
@@ -88,6 +89,8 @@ SINGLES = {
     }
     for name in ("sm_80", "sm_90", "sm_100")
 } | {"gfx942": dict.fromkeys(HALVES["gfx942"], Tile(64, 64, 32, 4, 2, 64))}
+# What Triton tells ptxas of sm_100 stores a register where a tile of level 2 is reduced in one piece.
+SINGLES["sm_100"]["level 2"] = Tile(64, 64, 16, 8, 2, 32)
 
 
 @triton.jit

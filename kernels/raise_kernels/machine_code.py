@@ -109,8 +109,8 @@ def loops(code: list[Instruction]) -> list[range]:
     return spans
 
 
-def main_loop(code: list[Instruction], mark: re.Pattern[str]) -> tuple[range, range]:
-    """The innermost loop with most instructions that match `mark`, and the outermost loop around it.
+def main_loop(code: list[Instruction], mark: re.Pattern[str]) -> tuple[list[int], list[int]]:
+    """Indices of the innermost loop with most instructions that match `mark`, and of the outermost around it.
 
     ValueError where no loop has one.
     """
@@ -119,10 +119,25 @@ def main_loop(code: list[Instruction], mark: re.Pattern[str]) -> tuple[range, ra
     if not inner:
         raise ValueError(f"no loop has an instruction like {mark.pattern!r}; count the whole kernel instead")
     main = max(inner, key=lambda s: found[s])
-    return main, max((s for s in found if s.start <= main.start and main.stop <= s.stop), key=len)
+    outer = max((s for s in found if s.start <= main.start and main.stop <= s.stop), key=len)
+    return _members(code, main), _members(code, outer)
 
 
-def count(code: list[Instruction], where: range, mark: re.Pattern[str]) -> int:
+def _members(code: list[Instruction], loop: range) -> list[int]:
+    """What of a loop's span can get back to its start: waits laid out of line make the span too long."""
+    before: dict[int, list[int]] = {}
+    for i in loop:
+        for j in _next(code, i):
+            before.setdefault(j, []).append(i)
+    came, queue = {loop.start}, [loop.start]
+    while queue:
+        fresh = [i for i in before.get(queue.pop(), []) if i not in came]
+        came.update(fresh)
+        queue += fresh
+    return sorted(came)
+
+
+def count(code: list[Instruction], where: Iterable[int], mark: re.Pattern[str]) -> int:
     """Instructions at the indices `where` that match `mark`."""
     return sum(bool(mark.match(code[i].text)) for i in where)
 

@@ -163,6 +163,20 @@ def test_only_the_main_loop_is_counted(target: str, listing: str, wide: str, nar
     assert found == ["3 exponentials for 2 logits, wanted at most 1.15 for each"]
 
 
+def test_a_wait_that_is_laid_out_of_line_makes_no_longer_loop() -> None:
+    """As on sm_100: the loop jumps to a wait behind the kernel's end, which jumps back into it."""
+    out_of_line = LISTING.replace("FMNMX R6, R4, R5, !PT ;", "@P1 BRA 0xc0 ;") + (
+        "        /*00c0*/    SYNCS R1 ;\n        /*00d0*/    @!P1 BRA 0xc0 ;\n"
+        "        /*00e0*/    BRA 0x70 ;\n"
+    )
+    later = out_of_line.replace(
+        "MUFU.EX2 R4, R4 ;\n        /*00b0*/", "LDG.E R4, desc[UR4][R2.64] ;\n        /*00b0*/"
+    )
+    assert later != out_of_line and later.count("LDG.E ") == 1
+    assert machine_code.loops(machine_code.read_sass(later))[0] == range(3, 15)
+    assert tallied("sm_90", later) == ([2, 0, 2, 0], [])
+
+
 def test_a_program_without_a_loop_is_counted_whole() -> None:
     counts, found = tallied("sm_90", LISTING, TWO._replace(loop=None, narrow=None, exponentials=2.0))
     assert counts == [2, 2, 4, 0] and found == []
