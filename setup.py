@@ -19,6 +19,10 @@ TRAIN = [
     "decord>=0.6",
     "av>=17.1",
     "safetensors>=0.8",
+    "pydantic>=2.14",
+    "pyyaml>=6.0",
+    "accelerate>=1.15",
+    "peft>=0.21.2",
     "rich>=15.0",
     "jinja2>=3.1",
     "matplotlib>=3.10",
@@ -56,6 +60,7 @@ setup(
             "pytest-benchmark>=5.2",
             "matplotlib>=3.10",
             "rich>=15.0",
+            "transformers>=5.20",
             # what is compared with: the versions that were run
             "trl>=1.16; python_version >= '3.11'",
             "liger-kernel>=0.8.5; platform_system == 'Linux'",
@@ -67,7 +72,6 @@ setup(
             "pytest>=9.0",
             "pytest-benchmark>=5.2",
             "hypothesis>=6.150",
-            "peft>=0.21.2",
             # linters at one minor version: a newer one may find fault with code that nobody touched
             "ruff==0.17.*",
             "mypy==2.4.*",
