@@ -13,7 +13,8 @@ if TYPE_CHECKING:
         partial_linear_token_stats,
         partial_token_stats,
     )
-    from raise_core.ops.rewards import Rewards, check_groups, confidence_rewards, igsr, scre
+    from raise_core.ops.reward_operator import check_groups
+    from raise_core.ops.rewards import Rewards, confidence_rewards, igsr, scre
     from raise_core.ops.span_ops import span_logp
     from raise_core.ops.stats import TokenStats, linear_token_stats, token_stats
 
@@ -46,7 +47,7 @@ _HOME = {
     "partial_linear_token_stats": "raise_core.ops.partial",
     "partial_token_stats": "raise_core.ops.partial",
     "Rewards": "raise_core.ops.rewards",
-    "check_groups": "raise_core.ops.rewards",
+    "check_groups": "raise_core.ops.reward_operator",
     "confidence_rewards": "raise_core.ops.rewards",
     "igsr": "raise_core.ops.rewards",
     "scre": "raise_core.ops.rewards",

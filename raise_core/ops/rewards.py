@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from raise_core.ops.impl import chosen_impl, kernels
-from raise_core.ops.stats import check_memory, run_linear_stats, run_stats
+from raise_core.ops import reward_operator
+from raise_core.ops.impl import chosen_impl
+from raise_core.ops.stats import check_memory
 from raise_kernels import _span_operator, reference
-from raise_kernels._checks import Igsr, LogitMap, Scre, check_tensor, check_whole, on_host
+from raise_kernels._checks import (
+    Igsr,
+    LogitMap,
+    Scre,
+    check_linear,
+    check_per_span,
+    check_spans,
+    check_stats,
+    check_tensor,
+    check_whole,
+)
 
 if TYPE_CHECKING:
     from raise_core.spans import Spans
@@ -99,15 +110,18 @@ def igsr(
     bin. The paper's bonus is not public: `raise_kernels.reference.igsr_parts` has this project's
     reconstruction (variant="paper") and its alternative ("balanced"). logp [T] nats, offsets [S+1], score [S]
     in [0, 1], group [S] (equal ids belong together). Score 0 or an empty span gives 0; a score outside [0, 1]
-    gives NaN. Raises ValueError for options out of range (tau in (0, 0.5]) and for shapes that do not fit.
+    gives NaN. No gradient. Raises ValueError for options out of range (tau in (0, 0.5]) and for shapes that
+    do not fit.
     """
-    how = Igsr(tau=tau, delta=delta, penalty=penalty, min_bonus=min_bonus, variant=variant)
+    Igsr(tau=tau, delta=delta, penalty=penalty, min_bonus=min_bonus, variant=variant)
     check_tensor("logp", logp)
-    check_tensor("score", score)
-    if chosen_impl(logp, impl) == "triton":
-        out: Tensor = kernels("igsr").igsr(logp, offsets, score, group, how)
-        return out
-    return reference.igsr(logp, offsets, score, group, how)
+    chosen = chosen_impl(logp, impl)
+    check_spans(logp, offsets)
+    _check_per_span(offsets, score=score, group=group)
+    out: Tensor = torch.ops.raise_core.igsr(
+        logp.detach(), offsets, score, group, tau, delta, penalty, min_bonus, variant, chosen
+    )
+    return out
 
 
 @torch.no_grad()
@@ -158,44 +172,39 @@ def confidence_rewards(
     )
     check_tensor(name, source)
     chosen = chosen_impl(source, impl)
-    scre_how = Scre(eta=eta, lam=lam, first_index=first_index, normalize=normalize)
-    igsr_how = Igsr(tau=tau, delta=delta, penalty=penalty, min_bonus=min_bonus, variant=variant)
-    how = LogitMap(
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        valid_vocab=valid_vocab,
-    )
-    check_groups(spans.group, group_size)
+    # Built for their checks; a graph holds the scalars.
+    Scre(eta=eta, lam=lam, first_index=first_index, normalize=normalize)
+    Igsr(tau=tau, delta=delta, penalty=penalty, min_bonus=min_bonus, variant=variant)
+    LogitMap(temperature=temperature, logit_scale=logit_scale, softcap=softcap, valid_vocab=valid_vocab)
+    if group_size is not None:
+        check_whole("group_size", group_size, "None for groups of any size")
     check_memory(memory)
-    if chosen == "triton":
-        confidence = kernels("confidence")
-        given = logits if hidden is None else confidence.Linear(hidden, weight, bias)
-        logp, result = confidence.confidence_rewards(
-            given, spans.rows, spans.targets, logp, spans.offsets, score, strict, spans.group,
-            group_size, how, scre_how, igsr_how, memory,
-        )  # fmt: skip
-    else:
-        if hidden is not None and weight is not None:
-            logp = run_linear_stats(
-                hidden, weight, spans.targets, bias, spans.rows, how, ("logp",), 20, memory, chosen
-            )["logp"]
-        elif logits is not None:
-            logp = run_stats(logits, spans.targets, spans.rows, how, ("logp",), 20, chosen)["logp"]
-        assert logp is not None
-        result = reference.span_rewards(logp, spans.offsets, score, strict, spans.group, scre_how, igsr_how)
-    parts = {
-        "logp": logp,
+    # Beside a tensor without values the operator would run its form without values, which checks nothing.
+    if hidden is not None and weight is not None:
+        check_linear(hidden, weight, bias, spans.targets, spans.rows)
+    elif logits is not None:
+        check_stats(logits, spans.targets, spans.rows)
+    elif logp is not None:
+        check_spans(logp, spans.offsets)
+    _check_per_span(spans.offsets, score=score, strict=strict, group=spans.group)
+    parts, bins, applied, made = torch.ops.raise_core.confidence_rewards(
+        logits, hidden, weight, bias, logp, spans.rows, spans.targets, spans.offsets, spans.group, score,
+        strict, temperature, logit_scale, softcap, valid_vocab, eta, lam, first_index, normalize, tau, delta,
+        penalty, min_bonus, variant, group_size, memory, chosen,
+    )  # fmt: skip
+    found = dict(zip(reward_operator.PARTS, parts.unbind(), strict=True))
+    working = {
+        "logp": made if logp is None else logp,
         "length": spans.offsets[1:] - spans.offsets[:-1],
-        "variance": result.variance,
-        "nll": result.nll,
-        "bin": result.bin,
-        "bonus": result.bonus,
-        "is_bonus": result.applied,
+        "variance": found["variance"],
+        "nll": found["nll"],
+        "bin": bins,
+        "bonus": found["bonus"],
+        "is_bonus": applied,
         "strict": strict,
         "group": spans.group,
     }
-    return Rewards(result.reward, result.confidence, parts)
+    return Rewards(found["reward"], found["confidence"], working)
 
 
 def _check_spans(spans: Spans) -> None:
@@ -207,6 +216,11 @@ def _check_spans(spans: Spans) -> None:
         )
 
 
+def _check_per_span(offsets: Tensor, **given: Tensor) -> None:
+    for name, values in given.items():
+        check_per_span(name, values, offsets)
+
+
 def _check_source(
     logits: Tensor | None, hidden: Tensor | None, weight: Tensor | None, logp: Tensor | None
 ) -> None:
@@ -215,23 +229,3 @@ def _check_source(
     given = [n for n, x in (("logits", logits), ("hidden", hidden), ("logp", logp)) if x is not None]
     if len(given) != 1:
         raise ValueError(f"got {given or 'nothing'}; give exactly one of logits, hidden with weight, or logp")
-
-
-def check_groups(group: Tensor, group_size: int | None) -> None:
-    """Refuse groups that are not `group_size` adjacent spans each, as far as no sync is needed to see it."""
-    if group_size is None:
-        return
-    check_whole("group_size", group_size, "None for groups of any size")
-    if len(group) % group_size:
-        raise ValueError(
-            f"group_size is {group_size}, which does not divide the {len(group)} spans; leave it out, or "
-            "give the number of completions per prompt"
-        )
-    if not on_host(group):
-        return
-    blocks = group.view(-1, group_size)
-    if (blocks != blocks[:, :1]).any() or len(torch.unique(blocks[:, 0])) != len(blocks):
-        raise ValueError(
-            f"group_size is {group_size}, but a group is split or incomplete: give the {group_size} "
-            "completions of a prompt next to each other with one group id, or leave group_size out"
-        )

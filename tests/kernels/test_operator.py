@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raise_core import ops
+from raise_core.ops import reward_operator
 from raise_kernels import (
     _operator,
     confidence,
@@ -107,11 +108,17 @@ def test_rewards_read_nothing_back_from_the_device(
             "hidden": {"hidden": torch.randn(12, 8), "weight": torch.randn(50, 8)},
         }
         score, strict = torch.rand(6), torch.zeros(6, dtype=torch.bool)
+        tensors = [given[source].get(n) for n in ("logits", "hidden", "weight", "bias", "logp")]
+        indices = spans.rows, spans.targets, spans.offsets, spans.group
+        rest = (1.0, 1.0, None, None, 0.1, 1.0, 1, False, 0.1, 1e-6, 0.05, None, "paper", group_size, None)
+        made = reward_operator._rewards._init_fn(*tensors, *indices, score, strict, *rest, "triton")
+        seen = list(launches)
         got = ops.confidence_rewards(
             spans, score, strict, group_size=group_size, impl="triton", **given[source]
         )
         metrics = got.metrics()
-    assert launches == [*before, "_group_kernel"]
+    assert seen == launches == [*before, "_group_kernel"]
+    assert made[0].shape == (5, 6) and made[3].shape == ((0,) if source == "logp" else (9,))
     assert got.reward.shape == (6,) and got.parts["logp"].shape == (9,)
     assert metrics["bonus_share"].shape == ()
 
