@@ -6,8 +6,8 @@ A library is imported when a file is opened with it. All decode on one thread: f
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +38,23 @@ class Decoder:
     wrong_in: Callable[[str], bool]
 
     @property
-    def installed(self) -> bool:
-        """True when its module can be found (not that its shared libraries load)."""
-        return find_spec(self.module) is not None
+    def missing(self) -> str:
+        """Why it cannot be used here, with the way out; empty when it can."""
+        return _missing(self.module)
+
+
+@cache
+def _missing(module: str) -> str:
+    """Loads the module: shared libraries that do not load are found by nothing else."""
+    try:
+        loaded = import_module(module)
+    except ModuleNotFoundError:
+        return f"is not installed; pip install {module}"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"does not load ({str(error).strip().splitlines()[0]}); install it again"
+    if getattr(loaded, "ffmpeg_major_version", 0) is None:  # torchcodec imports without them
+        return "finds no shared libraries of FFmpeg; apt install ffmpeg, or conda install ffmpeg"
+    return ""
 
 
 @contextmanager
@@ -97,22 +111,20 @@ DECODERS = {
 
 
 def choose(name: str, container: str, path: Path) -> Decoder:
-    """The decoder called `name`; "auto" is the first installed one that reads the container right.
+    """The decoder called `name`; "auto" is the first that is installed and reads the container right.
 
     Raises UserError for an unknown or missing library, BadMedia for a container it reads wrongly.
     """
     if name == "auto":
-        right = [d for d in DECODERS.values() if d.installed and not d.wrong_in(container)]
-        if right:
-            return right[0]
-        raise UserError(f"no video decoder is installed for {container}; pip install av")
+        for decoder in DECODERS.values():
+            if not decoder.wrong_in(container) and not decoder.missing:
+                return decoder
+        raise UserError(f"no decoder here reads {container} files; pip install av")
     if name not in DECODERS:
         raise UserError(f"decoder {name!r}: expected one of auto, {', '.join(DECODERS)}")
     decoder = DECODERS[name]
-    if not decoder.installed:
-        raise UserError(
-            f"decoder {name!r} is not installed; pip install {decoder.module}, or use decoder=auto"
-        )
+    if decoder.missing:
+        raise UserError(f"decoder {name!r} {decoder.missing}, or use decoder=auto")
     if decoder.wrong_in(container):
         raise BadMedia(f"{path}: {name} does not read {container} files right; use decoder=auto or pyav")
     return decoder
