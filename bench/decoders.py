@@ -88,7 +88,7 @@ def import_seconds(name: str) -> float:
 
 
 def measure(one: Film, label: str, names: list[str], rounds: int) -> list[dict[str, Any]]:
-    """One file and sample: the decoders in turn, round after round, after a first call that does not count."""
+    """One file and sample: the decoders in turn, round after round, after a call that does not count."""
     sampling = SAMPLINGS[label]
     first = {name: read(one.path, sampling, name)[2] for name in names}
     base = first[names[0]]
