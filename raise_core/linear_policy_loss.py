@@ -3,11 +3,16 @@
 A loss of the GRPO family is a sum over tokens whose constants (advantage, old log-probability, normalisers)
 are known beforehand. So each tile of logits is made once and turned into its gradient where it lies: three
 matrix products in all, and never more logits than the tile's.
+
+It is no operator: torch.compile ends a graph before it and starts another after it. An operator's gradient
+may neither change in place what its forward handed out nor hand it on as it is, so that it would copy the
+gradients, [V, D] among them, which this one scales where they lie.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +22,7 @@ from raise_core.ops.loss import Gradients, LogitMap, check_linear, loss_and_grad
 from raise_core.ops.stats import check_memory, run_linear_stats
 from raise_core.policy_loss import Kind, KlEstimator, PolicyLoss, PolicyStep, check_policy, policy_step
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 NEVER = -(1 << 62)  # the ignore_index of a loss in which every token counts
 
 
@@ -45,6 +51,12 @@ class _Made(torch.autograd.Function):
         return None, None, *made
 
 
+def _outside_graphs(function: Function) -> Function:
+    disable: Callable[[Function], Function] = torch.compiler.disable
+    return disable(function)
+
+
+@_outside_graphs
 def linear_policy_loss(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]

@@ -205,3 +205,34 @@ def test_a_nan_hidden_state_reaches_no_gradient(impl: str, memory: int | None) -
     assert got.loss.isnan() and got.logp is not None and got.logp.isnan().sum() == 1
     assert all(g.isfinite().all() for g in made)
     assert (made[0][0, 2] == 0).all() and (made[1] != 0).any()
+
+
+# The compiler reads .grad of a non-leaf tensor itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("impl", ["native", "triton"])
+def test_a_compiled_graph_ends_before_it_and_goes_on_after_it(impl: str) -> None:
+    """Two graphs around one call, with the bits of the uncompiled code."""
+    torch._dynamo.reset()
+    y, old, advantage = torch.randint(0, 30, (6,)), -torch.rand(6), torch.tensor([1.0, -1.0])
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        made = rc.linear_policy_loss(
+            h * 2, w, y, old, advantage, torch.tensor([0, 2, 6]), num_tokens=6, num_sequences=2, impl=impl
+        )
+        assert made.logp is not None
+        return made.loss * 3 + made.logp.mean()
+
+    graphs: list[object] = []
+
+    def kept(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    inputs, results = (torch.randn(6, 8), torch.randn(30, 8)), []
+    for run in (loss, torch.compile(loss, backend=kept)):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        value = run(*leaves)
+        results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    assert len(graphs) == 2
+    for name, was, now in zip(("loss", "hidden", "weight"), *results, strict=True):
+        assert_exact(now, was, name=name)
