@@ -85,7 +85,7 @@ def test_a_bad_line_is_one_bad_row_and_blank_lines_are_none(tmp_path: Path) -> N
     file.write_text("\n".join([json.dumps(GOOD), "   ", "{broken", json.dumps(GOOD)]))
     refused = Refused()
     assert len(load_rows(file, tmp_path, on_bad="skip", refused=refused)) == 2
-    assert len(refused.items) == 1 and "row 2: not JSON" in refused.items[0]
+    assert len(refused.items) == 1 and "row 1: not JSON" in refused.items[0]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Row:
 
     @property
     def route(self) -> Route:
-        """ "scre" for an answer that is right or wrong, "igsr" for one that is graded, unless `reward` says."""
+        """`reward`, or "scre" for a kind that is right or wrong and "igsr" for one that is graded."""
         if self.reward:
             return "scre" if self.reward == "scre" else "igsr"
         return "scre" if self.problem_type in _STRICT else "igsr"

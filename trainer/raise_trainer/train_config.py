@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from .errors import UserError
 
@@ -18,6 +26,33 @@ Count = Annotated[int, Field(ge=1)]
 FREE = ("out", "steps", "save_every", "eval_every", "workers", "frame_cache", "micro_tokens")
 
 
+class DataFile(BaseModel):
+    """A file of rows; a path alone stands for one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path
+    root: Path | None = None  # of its media; the configuration's data_root when not given
+    reward: Literal["scre", "igsr"] | None = None  # route of its rows, in place of their problem types'
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, given: Any) -> Any:
+        return {"path": given} if isinstance(given, (str, Path)) else given
+
+    @model_serializer
+    def _to_path(self) -> Any:
+        given = {"path": str(self.path), "root": self.root and str(self.root), "reward": self.reward}
+        return given["path"] if self.root is None and self.reward is None else given
+
+
+def _as_list(given: Any) -> Any:
+    return [given] if isinstance(given, (str, Path, Mapping)) else given
+
+
+DataFiles = Annotated[tuple[DataFile, ...], BeforeValidator(_as_list)]
+
+
 class TrainConfig(BaseModel):
     """Every setting; the text below a field is its documentation."""
 
@@ -25,12 +60,12 @@ class TrainConfig(BaseModel):
 
     model: str
     """Hugging Face id or folder of the model to train"""
-    data: tuple[Path, ...] = Field(min_length=1)
-    """JSON or JSON-lines files of rows in the Video-R1 schema"""
+    data: DataFiles = Field(min_length=1)
+    """JSON or JSON-lines files in the Video-R1 schema: paths, or {path: …, root: …, reward: scre | igsr}"""
     data_root: Path | None = None
-    """folder the rows' media paths are taken under; the first data file's own when not given"""
-    eval_data: tuple[Path, ...] = ()
-    """rows to evaluate on while training"""
+    """folder the rows' media paths are taken under; each data file's own when not given"""
+    eval_data: DataFiles = ()
+    """files of rows to evaluate on while training"""
     out: Path
     """folder of the run: checkpoints, metrics.jsonl, report.html"""
     seed: Annotated[int, Field(ge=0)] = 0
