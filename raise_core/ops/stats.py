@@ -116,7 +116,8 @@ def linear_token_stats(
     for fp64), so that 16-bit inputs give fp32-quality results. With rows [T], only those rows of hidden's
     flattened leading axes are multiplied, and targets is [T]. memory: bytes of scratch beside inputs and
     results, 32 MiB on the CPU and 256 MiB elsewhere when None; one row or 64 columns are held whatever it
-    says. Differentiable in hidden, weight and bias through logp, lse, entropy and self_certainty; the
+    says. For topk_logp_mean Triton makes the product again, in tiles of rows of logits that fit memory.
+    Differentiable in hidden, weight and bias through logp, lse, entropy and self_certainty; the
     gradient leaves nothing out. A weight that is also the embedding is an ordinary case. Columns whose logit
     is the target's to rounding may or may not count in rank. The other arguments, and what rows without a
     result give, are those of `token_stats`.
