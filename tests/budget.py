@@ -104,6 +104,12 @@ def assert_as_exact_as_a_double(actual: float, want: float, *, name: str) -> Non
     )
 
 
+def assert_as_exact_as_fp32(actual: float, want: float, *, name: str) -> None:
+    """Fail when a figure that went through fp32 is further from `want` than some roundings of it."""
+    allowed = ROUNDINGS * torch.finfo(torch.float32).eps * max(abs(want), 1.0)
+    assert_at_most(torch.tensor(abs(actual - want), dtype=torch.float64), allowed, name=name)
+
+
 def assert_at_most(actual: Tensor, bound: Tensor | float, *, name: str) -> None:
     """Fail when `actual` exceeds `bound` by more than two units in the last place of `actual`'s dtype."""
     limit = torch.as_tensor(bound, dtype=torch.float64).cpu().expand_as(actual)

@@ -63,7 +63,7 @@ class Grpo:
     """A policy, its reference and its optimiser.
 
     tokenizer: of the model. eos, suppress: token ids that end a completion, and that are never sampled.
-    guard: what to do with a step that is not finite; without one it is an error.
+    guard: what to do with a step that is not finite; without one it is an error. phases: its clock.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Grpo:
         eos: Sequence[int],
         suppress: Sequence[int],
         guard: StepGuard | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self.model, self.reference, self.optimizer = model, reference, optimizer
         self.tokenizer, self.method = tokenizer, method
@@ -84,7 +85,7 @@ class Grpo:
         self.policy = rc.Scorer(model, max_tokens=method.micro_tokens)
         # A reference that is swapped in, or is an adapter, lives in the policy's own modules.
         self.confidant = rc.Scorer(reference.model, max_tokens=method.micro_tokens)
-        self.phases = Phases()
+        self.phases = phases or Phases()
 
     def step(self, prompts: Sequence[Prompt], draws: Tensor, step: int) -> Outcome:
         """Sample, reward, update; `step` counts finished optimiser steps. All processes call it.
@@ -110,8 +111,11 @@ class Grpo:
                     self.policy, self.optimizer, groups, method, guard=self.guard, step=step + update
                 )
                 self.reference.update(self.model, step + update + 1)
-        own = _own_figures(rollout, scored)
-        return Outcome(rollout, scored, advantage, figures | ranks.mean(own, len(rollout.completions)))
+        figures |= ranks.mean(_own_figures(rollout, scored), len(rollout.completions))
+        entropy, tokens = ranks.totals(
+            sum(float(h.sum()) for h in rollout.entropy), sum(map(len, rollout.completions))
+        )
+        return Outcome(rollout, scored, advantage, figures | {"entropy": entropy / max(tokens, 1)})
 
     def _advantages(self, scored: Scored | None, rollout: Rollout) -> Tensor:
         """[B]; a batch-wide standard deviation is that of all processes."""
@@ -155,5 +159,4 @@ def _own_figures(rollout: Rollout, scored: Scored | None) -> dict[str, float]:
         return {}
     rewards = scored.reward.view(len(rollout.prompts), -1)
     equal = (rewards.amax(1) == rewards.amin(1)).float().mean()
-    entropy = torch.cat(rollout.entropy).mean()
-    return scored.metrics | {"entropy": float(entropy), "equal_groups_share": float(equal)}
+    return scored.metrics | {"equal_groups_share": float(equal)}

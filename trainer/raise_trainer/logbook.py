@@ -29,11 +29,11 @@ QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal to
 class Stage:
     """One bar; `advance` moves it and shows a few figures beside it."""
 
-    def __init__(self, log: "Logbook", name: str, total: int, bar: Progress | None):
+    def __init__(self, log: "Logbook", name: str, total: int, done: int, bar: Progress | None):
         self._log, self._name, self._total, self._bar = log, name, total, bar
-        self._task = bar.add_task(name, total=total, note="") if bar else None
+        self._task = bar.add_task(name, total=total, completed=done, note="") if bar else None
         self._start = self._said = time.monotonic()
-        self._done = 0
+        self._before = self._done = done
 
     def advance(self, n: int = 1, **figures: float) -> None:
         """`n` more units are done."""
@@ -44,17 +44,18 @@ class Stage:
             return
         now = time.monotonic()
         if now - self._said >= QUIET_SECONDS or self._done == self._total:
-            left = (now - self._start) / self._done * (self._total - self._done)
+            left = (now - self._start) / (self._done - self._before) * (self._total - self._done)
             self._log.say(f"{self._name} {self._done}/{self._total}, {left:.0f} s left  {note}")
             self._said = now
 
 
 class Logbook:
-    """The run's folder and the console."""
+    """The run's folder and the console. silent: write and say nothing, as all processes but the first."""
 
-    def __init__(self, out: Path, console: Console | None = None):
+    def __init__(self, out: Path, console: Console | None = None, *, silent: bool = False):
         self.out = out
-        self.console = console or Console(highlight=False)
+        self.silent = silent
+        self.console = console or Console(highlight=False, quiet=silent)
         self.records: list[dict[str, Any]] = []
         self._started = time.monotonic()
 
@@ -63,10 +64,10 @@ class Logbook:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Stage]:
-        """A named part of the run with `total` units of work."""
+    def stage(self, name: str, total: int, *, done: int = 0) -> Iterator[Stage]:
+        """A named part of the run with `total` units of work, some of which may be done."""
         begun = time.monotonic()
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.silent:
             columns = (
                 TextColumn("{task.description:<22}"),
                 BarColumn(),
@@ -76,9 +77,9 @@ class Logbook:
                 TextColumn("{task.fields[note]}"),
             )
             with Progress(*columns, console=self.console) as bar:
-                yield Stage(self, name, total, bar)
+                yield Stage(self, name, total, done, bar)
         else:
-            yield Stage(self, name, total, None)
+            yield Stage(self, name, total, done, None)
         self.time(name, units=total, seconds=time.monotonic() - begun)
 
     def time(self, stage: str, **figures: float) -> None:
@@ -92,6 +93,8 @@ class Logbook:
         self._append("metrics.jsonl", record)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
+        if self.silent:
+            return
         with (self.out / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 

@@ -45,7 +45,7 @@ def _batches(items: Sequence[T], size: int, rng: random.Random) -> Iterator[list
         pool = pool[size:]
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
     """Ten steps of warm-up, then linear decay to a tenth."""
     lr = peak * min(1.0, (step + 1) / 10) * (1 - 0.9 * step / steps)
     for group in optimizer.param_groups:
@@ -66,7 +66,7 @@ def run_sft(
     optimizer = _adamw(model, config.warm_lr)
     with log.stage(name, steps) as stage:
         for step in range(steps):
-            _set_lr(optimizer, config.warm_lr, step, steps)
+            set_lr(optimizer, config.warm_lr, step, steps)
             batch = next(batches)
             figures = sft_step(scorer, optimizer, [e.prompt.inputs for e in batch], [e.target for e in batch])
             log.write(name, step, **figures)
@@ -93,7 +93,7 @@ def run_grpo(
     )  # fmt: skip
     with log.stage(name, config.grpo_steps) as stage:
         for step in range(config.grpo_steps):
-            _set_lr(optimizer, config.grpo_lr, step, config.grpo_steps)
+            set_lr(optimizer, config.grpo_lr, step, config.grpo_steps)
             places = [(step, index) for index in range(config.prompts)]
             made = grpo.step(
                 next(batches), draws(config.seed, places, config.group_size, config.max_new_tokens), step

@@ -1,0 +1,114 @@
+"""The model to train, its processor and its reference, as the settings ask for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import raise_core as rc
+
+from .errors import UserError
+from .train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A loaded model. processor: the Hugging Face processor, or the tokenizer of a text model.
+
+    eos: token ids that end a completion. suppress: media placeholders, which are never sampled.
+    """
+
+    model: Any
+    processor: Any
+    tokenizer: Any
+    eos: list[int]
+    suppress: list[int]
+
+
+def load_policy(config: TrainConfig, device: torch.device) -> Policy:
+    """Load, place and prepare the model for training. UserError where it cannot be had."""
+    import transformers
+
+    name = str(Path(config.model)) if Path(config.model).exists() else config.model
+    try:
+        about = transformers.AutoConfig.from_pretrained(name)
+        known = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        sees = type(about) in known
+        kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+        model = kind.from_pretrained(
+            name, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        )
+        reader = transformers.AutoProcessor if sees else transformers.AutoTokenizer
+        processor = reader.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model {config.model!r}: cannot be loaded ({reason})") from None
+    model = _trainable(model.to(device), config)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return Policy(model, processor, tokenizer, _eos(model, tokenizer), _placeholders(model))
+
+
+def _trainable(model: Any, config: TrainConfig) -> Any:
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    vision = _vision_tower(model)
+    if vision is not None and (config.freeze_vision or config.lora_rank):
+        vision.requires_grad_(False)
+    if config.lora_rank:
+        model = _with_lora(model, config.lora_rank, vision)
+    return model
+
+
+def _vision_tower(model: Any) -> nn.Module | None:
+    core = model.base_model if hasattr(model, "base_model") else model
+    for name in ("visual", "vision_tower", "vision_model"):
+        found = getattr(core, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    return None
+
+
+def _with_lora(model: Any, rank: int, vision: nn.Module | None) -> Any:
+    """Adapters on every linear layer of the language model but its head."""
+    import peft
+
+    inside_vision = set(vision.modules()) if vision is not None else set[nn.Module]()
+    head = model.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and module not in inside_vision
+    ]
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, lora_dropout=0.0)
+    )
+
+
+def _eos(model: Any, tokenizer: Any) -> list[int]:
+    """All ids that end a text: the generation settings may name several."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    found = [named] if isinstance(named, int) else list(named or [])
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    if not found:
+        raise UserError(
+            "model: neither it nor its tokenizer has an end-of-sequence token; set one and save it"
+        )
+    return sorted(set(found))
+
+
+def _placeholders(model: Any) -> list[int]:
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    found = (getattr(model.config, name, None) for name in names)
+    return sorted({i for i in found if i is not None})
+
+
+def reference_of(model: Any, config: TrainConfig) -> rc.Reference:
+    """Whose confidence is the reward."""
+    if config.reference == "policy":
+        return rc.PolicyReference(model)
+    if config.reference == "frozen":
+        return rc.FrozenReference(model)
+    return rc.EmaReference(model, decay=config.ema_decay)
