@@ -43,7 +43,7 @@ def build(sharded: bool, kind: str) -> TrainingState:
         for part in (*layers, model):
             fully_shard(part)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    how = {"how": "swap"} if kind == "adapter" else {}
+    how = {"adapter": {"how": "swap"}, "fp32": {"offload": "cpu"}, "bf16": {}}[kind]
     reference = rc.EmaReference(model, every=1, decay=0.9, **how)  # type: ignore[arg-type]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
     streams = {"data": random.Random(3), "own": torch.Generator().manual_seed(rank)}

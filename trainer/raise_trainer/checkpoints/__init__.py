@@ -2,12 +2,14 @@
 
 state = TrainingState(model, optimizer, scheduler, reference, sampler, config=..., data=...)
 checkpoints = Checkpoints(out / "checkpoints", keep_last=2)
-resumed = checkpoints.resume(state, may_change=["out", "steps"])
 with graceful_stop() as stop:
-    for step in range(state.step, steps):
+    checkpoints.resume(state, may_change=["out", "steps"])
+    truncate_log(out / "metrics.jsonl", state.step)
+    while state.step < steps and not stop.agreed():
         ...
-        if (step + 1) % every == 0 or stop.agreed():
-            checkpoints.save(state, step + 1, logs=[out / "metrics.jsonl"])
+        state.step += 1
+        if state.step % every == 0 or state.step == steps or stop.agreed():
+            checkpoints.save(state, state.step, logs=[out / "metrics.jsonl"])
 """
 
 from .changes import changed_fields

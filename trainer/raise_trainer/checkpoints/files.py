@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ranks
-from .trees import bytes_of, flatten, safetensors_header, unflatten
+from .trees import Leaf, bytes_of, flatten, safetensors_header, unflatten
 
 
 class Writer:
@@ -48,7 +48,7 @@ class Writer:
         if tensors:
             self.tensors(f"{name}.safetensors", tensors)
 
-    def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def tensors(self, name: str, tensors: Mapping[str, Leaf]) -> None:
         """A safetensors file, one tensor gathered and written at a time."""
         header, order = safetensors_header(tensors)
         stream = self.attempt(self._open, name)

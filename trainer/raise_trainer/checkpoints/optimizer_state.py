@@ -64,11 +64,15 @@ def load_optimizer(reader: Reader, name: str, model: nn.Module, optimizer: Any) 
                 optimizer.state[parameters[i]][key] = value.to(now.device)
 
 
-def reference_tree(reference: rc.Reference) -> dict[str, Tensor]:
-    """`reference.state_dict()`, with this rank's parts as the DTensors they are parts of."""
+def reference_tree(reference: rc.Reference) -> dict[str, Tensor | ranks.Part]:
+    """`reference.state_dict()`, with this rank's parts as parts of the whole."""
     state = reference.state_dict()
     state.pop(SHARD, None)
-    return {name: _whole_of(tensor, _parameter(reference, name)) for name, tensor in state.items()}
+    tree: dict[str, Tensor | ranks.Part] = {}
+    for name, tensor in state.items():
+        like = _parameter(reference, name)
+        tree[name] = tensor if like is None else ranks.Part(tensor, like)
+    return tree
 
 
 def load_reference(reader: Reader, name: str, reference: rc.Reference) -> None:
@@ -77,7 +81,9 @@ def load_reference(reader: Reader, name: str, reference: rc.Reference) -> None:
     state: dict[str, Tensor] = {}
     for key, later in reader.later(name).items():
         like, full = _parameter(reference, key), later()
-        state[key] = full if like is None else local(ranks.cut(full, like))
+        if like is not None and key in own:
+            full = local(ranks.cut(full, like)).to(own[key].device)  # one at a time, where it is kept
+        state[key] = full
     if SHARD in own:
         state[SHARD] = own[SHARD]
     reference.load_state_dict(state)
@@ -124,18 +130,3 @@ def _parameter(reference: rc.Reference, name: str) -> Any:
         return None
     parameter = dict(reference.model.named_parameters()).get(name.removeprefix(WEIGHT))
     return parameter if hasattr(parameter, "device_mesh") else None
-
-
-def _whole_of(part: Tensor, like: Any) -> Tensor:
-    if like is None:
-        return part
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        part.to(like.to_local().device),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )

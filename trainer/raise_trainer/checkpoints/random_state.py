@@ -106,5 +106,5 @@ def _digest(state: Any) -> str:
     structure, tensors = flatten(state)
     digest = hashlib.sha256(json.dumps(structure).encode())
     for tensor in tensors.values():
-        digest.update(bytes_of(tensor))
+        digest.update(bytes_of(ranks.whole(tensor)))
     return digest.hexdigest()

@@ -6,6 +6,7 @@ Without `torch.distributed`, or with one process, each of them is the obvious lo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -59,8 +60,48 @@ def on_any(flag: bool) -> bool:
     return bool(told.item())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor: a DTensor is gathered, any other is this rank's own."""
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of a tensor sharded as the DTensor `like` is, but perhaps lying elsewhere."""
+
+    local: Tensor
+    like: Any
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole."""
+        size: torch.Size = self.like.shape
+        return size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the part, and of the whole."""
+        return self.local.dtype
+
+    def numel(self) -> int:
+        """Of the whole."""
+        return self.shape.numel()
+
+    def element_size(self) -> int:
+        """Bytes of one element."""
+        return self.local.element_size()
+
+    def gathered(self) -> Tensor:
+        """The whole, where the DTensor lies; only now is the part brought there."""
+        from torch.distributed.tensor import DTensor
+
+        placed = self.local.to(self.like.to_local().device)
+        mesh, placements = self.like.device_mesh, self.like.placements
+        shape, stride = self.like.shape, self.like.stride()
+        return DTensor.from_local(
+            placed, mesh, placements, run_check=False, shape=shape, stride=stride
+        ).full_tensor()
+
+
+def whole(tensor: Tensor | Part) -> Tensor:
+    """All of a tensor: a part or a DTensor is gathered, any other is this rank's own."""
+    if isinstance(tensor, Part):
+        return tensor.gathered()
     gathered: Callable[[], Tensor] | None = getattr(tensor.detach(), "full_tensor", None)
     return tensor.detach() if gathered is None else gathered()
 

@@ -17,6 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .ranks import Part
+
+Leaf = Tensor | Part
+
 # The names of the safetensors format.
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -29,17 +33,17 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def flatten(
     tree: Any, at: str = "", other: Callable[[Any], Any] | None = None
-) -> tuple[Any, dict[str, Tensor]]:
+) -> tuple[Any, dict[str, Leaf]]:
     """`tree` with its tensors replaced by their names, and the tensors.
 
     at: what the tree is, in messages and in front of the names. other: what to write for a value of another
     kind; without it TypeError, which names the place.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Leaf] = {}
     return _flat(tree, at, tensors, other), tensors
 
 
-def _flat(value: Any, at: str, tensors: dict[str, Tensor], other: Callable[[Any], Any] | None) -> Any:
+def _flat(value: Any, at: str, tensors: dict[str, Leaf], other: Callable[[Any], Any] | None) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -58,11 +62,11 @@ def _flat(value: Any, at: str, tensors: dict[str, Tensor], other: Callable[[Any]
         return {"$dtype": NAMES[value]}
     if isinstance(value, np.ndarray):
         return {"$array": _flat(torch.from_numpy(value), at, tensors, other)}
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | Part):
         name = at.strip("/") or "tensor"
         while name in tensors:
             name += "+"
-        tensors[name] = value.detach()
+        tensors[name] = value
         return {"$tensor": name, "dtype": NAMES[value.dtype], "shape": list(value.shape)}
     if other is not None:
         return _flat(other(value), at, tensors, None)
@@ -99,7 +103,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def safetensors_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
+def safetensors_header(tensors: Mapping[str, Leaf]) -> tuple[bytes, list[str]]:
     """The head of a safetensors file, and the order in which the tensors follow it.
 
     Wide dtypes come first, so that every tensor lies at a multiple of its item size.
@@ -116,6 +120,6 @@ def safetensors_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]
     return len(text).to_bytes(8, "little") + text, order
 
 
-def size_of(tensor: Tensor) -> int:
-    """Bytes of all of it, of a DTensor too."""
+def size_of(tensor: Leaf) -> int:
+    """Bytes of the whole."""
     return tensor.numel() * tensor.element_size()
