@@ -42,7 +42,7 @@ def test_a_row_counts_once_in_all_epochs(file: Path) -> None:
         bad.saw(range(10))
         bad.add(3, CLIP, BadMedia("x"))
     assert len(bad) == 1 and len(entries(file)) == 1
-    with pytest.raises(UserError, match="2 of 10 rows seen have bad media") as error:
+    with pytest.raises(UserError, match="2 of 10 rows seen could not be used") as error:
         bad.add(4, CLIP, BadMedia("x"))
     assert str(file) in str(error.value) and "budget of 1 rows" in str(error.value)
 

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..config import OnBad
-from ..errors import BadMedia, UserError
+from ..errors import BadMedia, BadRow, UserError
 
 GRACE = 10  # bad rows before their share is judged: one bad file among the first three is no bad data set
 
@@ -63,17 +63,17 @@ class Quarantine:
         """Count rows as looked at, good and bad: the share is of these."""
         self._seen.update(ids)
 
-    def add(self, row_id: int | str, path: Path, error: BadMedia) -> None:
-        """List a row's bad file, then stop the run if it is to stop.
+    def add(self, row_id: int | str, path: Path | None, error: UserError) -> None:
+        """List a row with its bad file, or a row that is bad itself (path None), then stop if it is to stop.
 
-        Raises BadMedia under "fail", UserError beyond the error budget.
+        Raises BadMedia (or BadRow) under "fail", UserError beyond the error budget.
         """
-        reason = self._reasons.setdefault(str(path), str(error))
+        reason = str(error) if path is None else self._reasons.setdefault(str(path), str(error))
         self._seen.add(row_id)
         self._bad.add(row_id)
-        self._write(row_id, str(path), reason)
+        self._write(row_id, "" if path is None else str(path), reason)
         if self.on_bad_media == "fail":
-            raise BadMedia(f"row {row_id}: {reason}")
+            raise BadRow(reason) if path is None else BadMedia(f"row {row_id}: {reason}")
         bad, seen = len(self._bad), len(self._seen)
         if self.max_count is not None and bad > self.max_count:
             raise UserError(self._over(f"{self.max_count} rows", bad, seen))
@@ -82,7 +82,7 @@ class Quarantine:
 
     def _over(self, limit: str, bad: int, seen: int) -> str:
         return (
-            f"{bad} of {seen} rows seen have bad media ({bad / seen:.1%}), over the budget of {limit}; "
+            f"{bad} of {seen} rows seen could not be used ({bad / seen:.1%}), over the budget of {limit}; "
             f"the reasons are in {self.file}: mend the data or raise the budget"
         )
 
@@ -102,7 +102,8 @@ class Quarantine:
                 path, reason, row_id = str(entry["path"]), str(entry["reason"]), str(entry["id"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{file}: line {number} is no quarantine entry; mend it or drop it") from None
-            self._reasons.setdefault(path, reason)
+            if path:
+                self._reasons.setdefault(path, reason)
             if listed:
                 self._listed.add((row_id, path))
 

@@ -1,0 +1,157 @@
+"""`raise-core train` and `raise-core sft`: a run that can be killed, and goes on where its checkpoint is."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import raise_core as rc
+
+from . import ranks
+from .checkpoints import Checkpoints, StepGuard, TrainingState, graceful_stop, truncate_log
+from .checkpoints.ranks import share
+from .checkpoints.stopping import Stop
+from .errors import UserError
+from .feed import Feed
+from .grpo import Grpo, Phases
+from .logbook import Logbook, Stage
+from .loop import set_lr
+from .method import Method
+from .models import Policy, load_policy, reference_of
+from .prompts import target_ids
+from .rollout import draws
+from .train_config import FREE, TrainConfig, as_yaml
+from .update import sft_step
+
+
+@dataclass
+class Run:
+    """What both kinds of training have: a model with its optimiser, data, folder and place in it."""
+
+    config: TrainConfig
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    feed: Feed
+    guard: StepGuard
+    log: Logbook
+    state: TrainingState
+    checkpoints: Checkpoints
+    stop: Stop
+
+    def save(self) -> None:
+        """A checkpoint of the finished steps."""
+        self.checkpoints.save(self.state, self.state.step, logs=[self.log.out / "metrics.jsonl"])
+
+    def steps(self, stage: Stage, per_round: int) -> Iterator[int]:
+        """Finished steps before each round of `per_round`, until all are done or a signal came."""
+        while self.state.step < self.config.steps and not self.stop.agreed():
+            before = self.state.step
+            set_lr(self.optimizer, self.config.lr, before, self.config.steps)
+            yield before
+            self.state.step = before + per_round
+            every = self.config.save_every
+            if self.state.step // every > before // every or self.state.step >= self.config.steps:
+                self.save()
+        if self.state.step < self.config.steps:
+            self.save()
+            self.log.say(f"{self.stop.signal}: stopped after step {self.state.step}; run again to go on")
+
+
+@contextmanager
+def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[tuple[Run, Any]]:
+    """A new run, or one that goes on from its newest whole checkpoint. Also gives the reference, or None."""
+    from accelerate import PartialState
+
+    processes = PartialState()
+    device = processes.device
+    log = Logbook(share(lambda: _folder(config, kind)), silent=ranks.rank() > 0)
+    torch.manual_seed(config.seed)
+    with ExitStack() as stack:
+        policy = load_policy(config, device)
+        reference = reference_of(policy.model, config) if with_reference else None
+        trained = [p for p in policy.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        check = (lambda row: None) if with_reference else partial(target_ids, tokenizer=policy.tokenizer)
+        feed = stack.enter_context(Feed.open(config, policy, log, check))
+        guard = StepGuard(log.out / "bad-steps", say=log.say)
+        state = TrainingState(
+            policy.model,
+            optimizer,
+            reference=reference,
+            sampler=feed.sampler,
+            others={"guard": guard},
+            processor=policy.processor,
+            config=config.model_dump(mode="json") | {"kind": kind},
+            data=feed.fingerprint,
+        )
+        checkpoints = Checkpoints(log.out / "checkpoints", say=log.say)
+        resumed = checkpoints.resume(state, may_change=FREE)
+        if resumed is not None:
+            share(lambda: truncate_log(log.out / "metrics.jsonl", resumed.step))
+            log.say(f"goes on after step {resumed.step} from {resumed.path}")
+        stop = stack.enter_context(graceful_stop())
+        yield Run(config, policy, optimizer, feed, guard, log, state, checkpoints, stop), reference
+
+
+def _folder(config: TrainConfig, kind: str) -> Path:
+    """The run's folder with its settings. UserError when it holds something that is no such run."""
+    out, settings = config.out, config.out / "config.yaml"
+    try:
+        if out.is_dir() and any(out.iterdir()) and not settings.exists():
+            raise UserError(f"out {out}: holds something that is no run; name another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        settings.write_text(f"# raise-core {kind}\n{as_yaml(config)}", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out {out}: cannot be written ({error.strerror}); name another folder") from None
+    return out
+
+
+def run_train(config: TrainConfig) -> Path:
+    """GRPO; returns the run's folder."""
+    with opened(config, "train", with_reference=True) as (run, reference):
+        policy, phases = run.policy, Phases()
+        grpo = Grpo(
+            policy.model, reference, run.optimizer, policy.tokenizer, Method.of(config),
+            eos=policy.eos, suppress=policy.suppress, guard=run.guard, phases=phases,
+        )  # fmt: skip
+        with run.log.stage("train", config.steps, done=run.state.step) as stage:
+            for step in run.steps(stage, config.updates):
+                with phases("decode"):
+                    places, prompts = run.feed.take(step)
+                made = grpo.step(
+                    prompts, draws(config.seed, places, config.group_size, config.max_new_tokens), step
+                )
+                _report(run, stage, phases, step, made.figures, config.updates)
+        return run.log.out
+
+
+def run_sft(config: TrainConfig) -> Path:
+    """Supervised warm start on each row's chain and solution; returns the run's folder."""
+    with opened(config, "sft", with_reference=False) as (run, _):
+        scorer, phases = rc.Scorer(run.policy.model, max_tokens=config.micro_tokens), Phases()
+        run.policy.model.train()
+        with run.log.stage("sft", config.steps, done=run.state.step) as stage:
+            for step in run.steps(stage, 1):
+                with phases("decode"):
+                    _, prompts = run.feed.take(step)
+                targets = [target_ids(p.row, run.policy.tokenizer) for p in prompts]
+                with phases("update"):
+                    figures = sft_step(
+                        scorer, run.optimizer, [p.inputs for p in prompts], targets,
+                        micro_tokens=config.micro_tokens, guard=run.guard, step=step,
+                    )  # fmt: skip
+                _report(run, stage, phases, step, figures, 1)
+        return run.log.out
+
+
+def _report(run: Run, stage: Stage, phases: Phases, step: int, figures: dict[str, float], steps: int) -> None:
+    """A line of metrics.jsonl and one of timings.jsonl; the bar moves."""
+    figures |= {"epoch": run.feed.sampler.epoch, "left_out": float(run.feed.left_out)}
+    run.log.write("train", step, **figures)
+    run.log.time("step", step=step, **phases.take())
+    shown = {k: figures[k] for k in ("reward_mean", "text_score_mean", "loss") if k in figures}
+    stage.advance(steps, **shown)
