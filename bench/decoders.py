@@ -5,8 +5,8 @@
 
 One thread, one process, the files in the page cache. Decoders take turns, round after round; figures are
 medians. "read" is all that `raise_trainer.media.video.decode_video` does: header, opening, sampling, decoding
-to RGB. "open" is the decoder's own part of it before the first frame. Frames are those of the sample, not those
-decoded on the way to them. On a machine with other work the figure per CPU second is the steadier one.
+to RGB. "open" is the decoder's own part of it before the first frame. Frames are those of the sample, not
+those decoded on the way to them. On a machine with other work the figure per CPU second is the steadier one.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Film:
 
 
 def film(folder: Path, width: int, height: int, seconds: int) -> Film:
-    """Blocks that move in front of a gradient: some hundred kilobits a second, as of a talk or a cartoon."""
+    """Blocks that move in front of a gradient, without noise, so at a low bit rate (recorded as bytes)."""
     rng = np.random.default_rng(0)
     x, y = np.meshgrid(np.linspace(0, 127, width), np.linspace(0, 127, height))
     ground = np.stack([x, y, (x + y) / 2], -1).astype(np.uint8)
