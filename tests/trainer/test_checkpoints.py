@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import raise_core as rc
 from raise_trainer.checkpoints import Checkpoints, ResumeRefused, TrainingState, changed_fields
 from raise_trainer.checkpoints.files import Reader, Writer
-from raise_trainer.checkpoints.trees import DTYPES
+from raise_trainer.checkpoints.trees import DTYPES, flatten, unflatten
 from tests.budget import assert_exact
 from tests.tiny_models import text_model, vision_model
 
@@ -241,6 +244,25 @@ def test_every_kind_of_value_survives(tmp_path: Path) -> None:
     assert len(load_file(tmp_path / "tree.safetensors")) == 2 * len(DTYPES) + 2
     with pytest.raises(TypeError, match=r"tree/a/0: got a object, wanted None, bool"):
         writer.tree("tree", {"a": [object()]})
+
+
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([*DTYPES.values()])
+)
+KEYS = st.text() | st.integers() | st.tuples(st.integers(), st.text()) | st.none()
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(KEYS, inner),
+    max_leaves=20,
+)
+
+
+@given(TREES)
+def test_any_tree_survives_as_strict_json(tree: Any) -> None:
+    structure, tensors = flatten(tree)
+    text = json.dumps(structure, allow_nan=False)
+    assert not tensors
+    assert repr(unflatten(json.loads(text), lambda *tensor: None)) == repr(tree)
 
 
 def test_a_changed_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -142,6 +142,10 @@ def check_failures(place: Path) -> None:
     if dist.get_rank() == 0:
         files.Writer._open = original  # type: ignore[method-assign]
     assert checkpoints.latest() == before
+    state.counters["tokens"] = dist.get_rank()
+    with pytest.raises(ValueError, match="state: counters differ between the processes"):
+        checkpoints.save(state, 9)
+    assert checkpoints.latest() == before
     with graceful_stop() as stop:
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from . import ranks
-from .trees import bytes_of, flatten
+from .trees import digest_of
 
 NAMED = "generator "
 Generator = torch.Generator | random.Random | np.random.Generator
@@ -41,10 +40,10 @@ def restore_random(saved: list[dict[str, Any]], generators: Mapping[str, Generat
         states = [one[name] for one in saved if name in one]
         if size == len(saved) and name in saved[rank]:
             _set(stream, saved[rank][name])
-        elif states and name.startswith(NAMED) and len({_digest(state) for state in states}) == 1:
+        elif states and name.startswith(NAMED) and len({digest_of(state) for state in states}) == 1:
             _set(stream, states[0])
         elif states:
-            text = f"{_digest(states)} {name} {rank} of {size}".encode()
+            text = f"{digest_of(states)} {name} {rank} of {size}".encode()
             _seed(stream, int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))
 
 
@@ -100,11 +99,3 @@ def _seed(stream: Any, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
     else:
         torch.cuda.default_generators[stream.index].manual_seed(seed)
-
-
-def _digest(state: Any) -> str:
-    structure, tensors = flatten(state)
-    digest = hashlib.sha256(json.dumps(structure).encode())
-    for tensor in tensors.values():
-        digest.update(bytes_of(ranks.whole(tensor)))
-    return digest.hexdigest()

@@ -19,7 +19,7 @@ from .files import Reader, Writer
 from .model_state import load_model, model_bytes, save_model
 from .optimizer_state import load_optimizer, load_reference, optimizer_tree, reference_tree
 from .random_state import Generator, random_tree, restore_random
-from .trees import flatten, size_of
+from .trees import digest_of, flatten, size_of
 
 FORMAT = 1
 OPTIMIZER, REFERENCE, RANDOM, REST = "optimizer", "reference", "random", "state"
@@ -50,8 +50,8 @@ class TrainingState:
     config: the run's settings, JSON or nearly. data: a fingerprint of the data.
     step: finished steps. counters: figures that go on, such as tokens seen; restored in place.
 
-    With several processes all of them save and load, in the same order, and rank 0 touches the disk. The
-    state of scheduler, sampler, others and counters is rank 0's and given to all, so it must be one.
+    With several processes all of them save and load, in the same order, and rank 0 touches the disk. Step,
+    counters and the state of scheduler, sampler and others must be the same on all; ValueError if not.
     """
 
     model: nn.Module
@@ -77,15 +77,16 @@ class TrainingState:
 
     def write(self, writer: Writer) -> None:
         """The same; a failure to write is kept in `writer.error`, while the collectives go on."""
+        shared = {"step": self.step, "counters": self.counters}
+        shared |= {name: part.state_dict() for name, part in self._parts().items()}
+        _check_one(shared)
         rest = {
             "format": FORMAT,
-            "step": self.step,
             "processes": ranks.size(),
             "versions": {"torch": torch.__version__},
             "config": plain_config(self.config),
             "data": self.data,
-            "counters": self.counters,
-            **{name: part.state_dict() for name, part in self._parts().items()},
+            **shared,
         }
         writer.tree(REST, rest)
         save_model(writer, self.model, self.processor)
@@ -156,3 +157,14 @@ class TrainingState:
                 f"state: has {sorted(own - saved)} that the checkpoint lacks, and lacks "
                 f"{sorted(saved - own)} of it; build the run as it was"
             )
+
+
+def _check_one(shared: Mapping[str, Any]) -> None:
+    """ValueError, on every rank, unless all have the same: only rank 0's would be saved."""
+    told = ranks.gather({name: digest_of(value) for name, value in shared.items()})
+    differing = [name for name in told[0] if any(one.get(name) != told[0][name] for one in told)]
+    if differing:
+        raise ValueError(
+            f"state: {', '.join(differing)} differ between the processes; wanted one state for all, with "
+            "what is a rank's own computed from it and the rank"
+        )

@@ -8,6 +8,7 @@ key starts with "$".
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ranks import Part
+from .ranks import Part, whole
 
 Leaf = Tensor | Part
 
@@ -101,6 +102,15 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's bytes in row order."""
     array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def digest_of(tree: Any) -> str:
+    """SHA-256 of a tree of this rank's own tensors: equal trees of equal bits have equal digests."""
+    structure, tensors = flatten(tree)
+    digest = hashlib.sha256(json.dumps(structure).encode())
+    for tensor in tensors.values():
+        digest.update(bytes_of(whole(tensor)))
+    return digest.hexdigest()
 
 
 def safetensors_header(tensors: Mapping[str, Leaf]) -> tuple[bytes, list[str]]:
