@@ -45,9 +45,21 @@ def load_policy(config: TrainConfig, device: torch.device) -> Policy:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model {config.model!r}: cannot be loaded ({reason})") from None
-    model = _trainable(model.to(device), config)
+    model = _trainable(_aligned(model.to(device)), config)
     tokenizer = getattr(processor, "tokenizer", processor)
     return Policy(model, processor, tokenizer, _eos(model, tokenizer), _placeholders(model))
+
+
+def _aligned(model: Any) -> Any:
+    """Weights in memory of their own.
+
+    Loaded ones lie in the mapped file, wherever its header ends, and products of the CPU's library differ in
+    their last bits with that place: a run that goes on from a checkpoint would differ from one that ran on.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _trainable(model: Any, config: TrainConfig) -> Any:
