@@ -176,4 +176,4 @@ def _word_error_rate() -> Callable[[str, str], float]:
     return wer  # type: ignore[no-any-return]
 
 
-_INSTALL = "kind {kind!r} needs {package}, which is not installed: pip install 'raise-core[train]'"
+_INSTALL = "kind {kind!r} needs {package}, which is not installed: pip install -e '.[train]'"

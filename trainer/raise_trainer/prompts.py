@@ -17,7 +17,6 @@ from .media.video import Kind, Request
 from .prompt_template import PromptTemplate, load_template
 from .train_config import TrainConfig
 
-MIN_PIXELS = 16 * 28 * 28  # smaller pictures are enlarged to this
 PLACEHOLDERS = {"video": "video_token", "image": "image_token"}
 
 
@@ -92,14 +91,7 @@ class PromptBuilder:
     @classmethod
     def configured(cls, processor: Any, config: TrainConfig, *, max_length: int) -> "PromptBuilder":
         """As a training run's settings say."""
-        pixels = {"min_pixels": min(MIN_PIXELS, config.max_pixels), "max_pixels": config.max_pixels}
-        if config.fps:
-            sampling = Sampling(
-                fps=config.fps, min_frames=min(4, config.frames), max_frames=config.frames, **pixels
-            )
-        else:
-            sampling = Sampling(frames=config.frames, **pixels)
-        return cls(processor, max_length=max_length, sampling=sampling, template=config.template)
+        return cls(processor, max_length=max_length, sampling=config.sampling(), template=config.template)
 
     def request(self, row: Row) -> Request | None:
         """The file a row needs decoded; None for text alone. BadRow for a medium the model cannot take."""
@@ -228,6 +220,22 @@ class PromptBuilder:
             messages.insert(0, {"role": "system", "content": first})
         text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return text
+
+
+def load_processor(model: str) -> tuple[Any, int]:
+    """The processor of a model that sees, or the tokenizer of another, and its context length in tokens.
+
+    model: Hugging Face id or folder; its weights are not loaded. UserError where it cannot be had.
+    """
+    import transformers
+
+    try:
+        about = transformers.AutoConfig.from_pretrained(model)
+        sees = type(about) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        reader = transformers.AutoProcessor if sees else transformers.AutoTokenizer
+        return reader.from_pretrained(model), int(about.get_text_config().max_position_embeddings)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model!r}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
 
 
 def target_ids(row: Row, tokenizer: Any) -> list[int]:

@@ -17,11 +17,13 @@ from pydantic import (
 )
 
 from .errors import UserError
+from .media.sampling import Sampling
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
+MIN_PIXELS = 16 * 28 * 28  # smaller pictures are enlarged to this
 # What may differ between a checkpoint's run and the one that goes on from it.
 FREE = ("out", "steps", "save_every", "eval_every", "workers", "frame_cache", "micro_tokens")
 
@@ -144,6 +146,13 @@ class TrainConfig(BaseModel):
     """steps between checkpoints; the last two are kept"""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """steps between evaluations; 0 is at the end alone"""
+
+    def sampling(self) -> Sampling:
+        """Which frames of a video, and how large."""
+        pixels = {"min_pixels": min(MIN_PIXELS, self.max_pixels), "max_pixels": self.max_pixels}
+        if not self.fps:
+            return Sampling(frames=self.frames, **pixels)
+        return Sampling(fps=self.fps, min_frames=min(4, self.frames), max_frames=self.frames, **pixels)
 
 
 def load(file: Path | None, pairs: Sequence[str] = ()) -> TrainConfig:
