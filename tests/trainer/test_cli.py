@@ -91,7 +91,7 @@ def test_no_more_than_forty_settings() -> None:
         (["train", "model=m", "out=o", "data={path: a, reward: best}"], "data: got 'best'; input should"),
         (["train", "a.yaml", "b.yaml"], "'b.yaml': a second file; give one YAML file"),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["x"], "unknown command 'x'; known are demo, train, sft, check-data, doctor"),
+        (["x"], "unknown command 'x'; known are demo, train, sft"),
     ],
 )  # fmt: skip
 def test_what_can_be_mended_is_one_line(

@@ -154,7 +154,8 @@ def _show(
     for key, count in sorted(counts.items()):
         table.add_row(*key, f"{count:,}")
     console.print(table)
-    console.print(f"{counts.total():,} rows can be used, {len(bad):,} are refused; reasons in {refused}")
+    where = f"; reasons in {refused}" if bad else ""
+    console.print(f"{sum(counts.values()):,} rows can be used, {len(bad):,} are refused{where}")
     for entry in bad[:SHOWN]:
         console.print(f"  {entry['file']}, row {entry['row']}: {entry['reason']}", markup=False)
     if len(bad) > SHOWN:
