@@ -27,6 +27,7 @@ TRAIN = [
     "jinja2>=3.1",
     "matplotlib>=3.10",
     "numpy>=2.0",
+    "pillow>=12.0",
     "tyro>=1.0",
 ]
 
@@ -48,7 +49,7 @@ setup(
     package_data={
         "raise_core": ["py.typed"],
         "raise_kernels": ["py.typed", "csrc/*"],
-        "raise_trainer": ["py.typed", "templates/*"],
+        "raise_trainer": ["py.typed", "templates/*", "templates/prompts/*"],
     },
     install_requires=["torch>=2.14"],
     extras_require={

@@ -103,7 +103,8 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path, clone: Pat
         metadata = archive.read(f"{info}/METADATA").decode()
     expected = set()
     for package, folder in PACKAGES.items():
-        extra = [path for name in ("templates", "csrc") for path in (clone / folder / name).glob("*")]
+        kept = [path for name in ("templates", "csrc") for path in (clone / folder / name).rglob("*")]
+        extra = [path for path in kept if path.is_file()]
         data = [clone / folder / "py.typed", *extra]
         for path in [*(clone / folder).rglob("*.py"), *data]:
             expected.add(f"{package}/{path.relative_to(clone / folder).as_posix()}")

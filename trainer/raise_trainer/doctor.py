@@ -14,7 +14,7 @@ TRAIN, GPU = "pip install -e '.[train]'", "pip install -e '.[gpu]'"
 # What the trainer needs, as setup.py lists it; tests/trainer/test_doctor.py compares the two.
 NEEDED = (
     "torch", "transformers", "torchvision", "accelerate", "peft", "rouge-score", "jiwer", "safetensors",
-    "numpy", "pydantic", "pyyaml", "rich", "tyro", "jinja2", "matplotlib",
+    "numpy", "pillow", "pydantic", "pyyaml", "rich", "tyro", "jinja2", "matplotlib",
 )  # fmt: skip
 ON_GPU = ("triton", "flash-attn", "liger-kernel")
 

@@ -64,7 +64,7 @@ def _aligned(model: Any) -> Any:
 
 def _trainable(model: Any, config: TrainConfig) -> Any:
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     vision = _vision_tower(model)
     if vision is not None and (config.freeze_vision or config.lora_rank):
         vision.requires_grad_(False)

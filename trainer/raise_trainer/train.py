@@ -90,8 +90,8 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
         )
         checkpoints = Checkpoints(log.out / "checkpoints", say=log.say)
         resumed = checkpoints.resume(state, may_change=FREE)
+        share(lambda: truncate_log(log.out / "metrics.jsonl", state.step))
         if resumed is not None:
-            share(lambda: truncate_log(log.out / "metrics.jsonl", resumed.step))
             log.say(f"goes on after step {resumed.step} from {resumed.path}")
         stop = stack.enter_context(graceful_stop())
         yield Run(config, policy, optimizer, feed, guard, log, state, checkpoints, stop), reference

@@ -1,0 +1,193 @@
+"""Training runs of the demo's tiny model: killed, stopped, resumed, with bad rows, on two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raise_trainer import tiny
+from raise_trainer.checkpoints import ResumeRefused
+from raise_trainer.dataset import write_dataset
+from raise_trainer.demo import save_model
+from raise_trainer.errors import UserError
+from raise_trainer.train import run_sft, run_train
+from raise_trainer.train_config import TrainConfig, as_yaml, check
+
+KILLS = int(os.environ.get("RAISE_KILLS", "2"))
+CHILD = (
+    "import sys; from pathlib import Path; from raise_trainer.train_config import load; "
+    "from raise_trainer.train import run_train; run_train(load(Path(sys.argv[1])))"
+)
+SMALL: dict[str, Any] = {
+    "dtype": "float32", "template": "plain", "steps": 6, "prompts": 3, "group_size": 3, "max_new_tokens": 28,
+    "frames": 8, "max_pixels": 56 * 56, "gradient_checkpointing": False, "freeze_vision": False,
+    "save_every": 2, "lr": 1e-3, "workers": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips and rows, and a model after a short supervised warm start by `run_sft` itself."""
+    folder = tmp_path_factory.mktemp("world")
+    write_dataset(folder / "data", train_videos=12, test_questions=7, seed=0, advance=lambda n=1: None)
+    processor = tiny.build_processor()
+    save_model(tiny.build_model(processor, seed=0), processor, folder / "random")
+    run_sft(
+        check(SMALL | {
+            "model": str(folder / "random"), "data": [folder / "data/sft.json"], "out": folder / "sft",
+            "steps": 40, "prompts": 12, "lr": 2e-3, "save_every": 40,
+        })
+    )  # fmt: skip
+    return folder
+
+
+def config(world: Path, out: Path, **other: Any) -> TrainConfig:
+    (warm,) = world.glob("sft/checkpoints/*/model")
+    given = {"model": str(warm), "data": [world / "data/train.json"], "out": out}
+    return check(SMALL | given | other)
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> Path:
+    """A run that nothing interrupts."""
+    return run_train(config(world, world / "whole"))
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(settings: TrainConfig, *launcher: str) -> subprocess.Popen[str]:
+    settings.out.parent.mkdir(exist_ok=True, parents=True)
+    file = settings.out.with_suffix(".yaml")
+    file.write_text(as_yaml(settings))
+    program = settings.out.with_suffix(".py")
+    program.write_text(CHILD)
+    command = [sys.executable, *launcher, str(program), str(file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(file: Path, child: subprocess.Popen[str], count: int) -> None:
+    """Until a file has some lines, or the child is done."""
+    while child.poll() is None and (not file.exists() or file.read_text().count("\n") < count):
+        time.sleep(0.02)
+
+
+def test_the_warm_start_learned_and_the_run_is_recorded(world: Path, whole: Path) -> None:
+    sft, rows = lines(world / "sft"), lines(whole)
+    assert sft[-1]["loss"] < 0.5 * sft[0]["loss"] and len(sft) == 40
+    assert [row["step"] for row in rows] == list(range(6))
+    assert max(row["reward_mean"] for row in rows) > 0 and max(row["grad_norm"] for row in rows) > 0
+    assert all(row["left_out"] == 0 for row in rows)
+    times = [json.loads(line) for line in (whole / "timings.jsonl").read_text().splitlines()]
+    assert {"decode", "rollout", "score", "update"} <= times[0].keys()
+    assert sorted(p.name[-6:] for p in (whole / "checkpoints").iterdir()) == ["step-4", "step-6"]
+
+
+def test_killed_at_any_time_it_goes_on_to_the_same_figures(world: Path, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments between the first line and the end; the last start finishes the run."""
+    rng, settings = random.Random(0), config(world, tmp_path / "killed")
+    log = settings.out / "metrics.jsonl"
+    for kill in range(KILLS):
+        child = start(settings)
+        wait_for(log, child, min(1 + 2 * kill, 5))
+        time.sleep(rng.random())
+        child.kill()
+        child.communicate()
+    run_train(settings)
+    assert lines(settings.out) == lines(whole)
+    assert log.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_signal_saves_and_ends_well(world: Path, whole: Path, tmp_path: Path) -> None:
+    settings = config(world, tmp_path / "stopped", save_every=100)
+    child = start(settings)
+    wait_for(settings.out / "metrics.jsonl", child, 1)
+    child.send_signal(signal.SIGTERM)
+    said, _ = child.communicate(timeout=120)
+    assert child.returncode == 0 and "SIGTERM: stopped after step" in said, said
+    assert 0 < len(lines(settings.out)) < 6
+    run_train(settings)
+    assert (settings.out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_changed_settings_or_data_are_refused(world: Path, tmp_path: Path) -> None:
+    settings = config(world, tmp_path / "run", steps=1)
+    run_train(settings)
+    with pytest.raises(ResumeRefused, match="group_size"):
+        run_train(config(world, tmp_path / "run", steps=1, group_size=4))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads((world / "data/train.json").read_text())[:-1]))
+    with pytest.raises(ResumeRefused, match="data"):
+        run_train(config(world, tmp_path / "run", steps=1, data=[{"path": other, "root": world / "data"}]))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something that is no run"):
+        run_train(config(world, tmp_path / "full", steps=1))
+
+
+def with_bad_rows(world: Path, folder: Path) -> Path:
+    """The training rows with a lost video, a broken one and a row without a solution among them."""
+    rows = json.loads((world / "data/train.json").read_text())[:9]
+    broken = world / "data/clips/broken.mp4"
+    broken.write_bytes(b"no video")
+    rows[2] |= {"path": "./clips/none.mp4", "problem_id": "lost"}
+    rows[4] |= {"path": "./clips/broken.mp4", "problem_id": "broken"}
+    rows[7] |= {"solution": "", "problem_id": "unsolved"}
+    file = folder / "rows.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def test_what_cannot_be_used_is_left_out_by_name(world: Path, tmp_path: Path) -> None:
+    """One epoch: three rows of nine are listed with their reasons, and nothing takes their place."""
+    data = [{"path": with_bad_rows(world, tmp_path), "root": world / "data"}]
+    run = run_train(config(world, tmp_path / "run", data=data, steps=3))
+    listed = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    assert {entry["id"] for entry in listed} >= {"lost", "broken"} and len(listed) == 3
+    assert any("no `solution`" in entry["reason"] for entry in listed)
+    rows = lines(run)
+    assert rows[-1]["left_out"] == 3 and rows[-1]["epoch"] == 1.0
+    assert sum(row["ratio_mean"] > 0 for row in rows if "ratio_mean" in row) >= 2
+    with pytest.raises(UserError, match=r"lost|broken|solution"):
+        run_train(config(world, tmp_path / "strict", data=data, steps=3, on_bad_media="fail"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"lora_rank": 4, "reference": "ema"},
+        {"reference": "frozen", "kl": 0.04, "updates": 2, "clip": [0.2, 0.28], "loss": "grpo"},
+        {"reference": "policy", "reward": "accuracy", "scale": "batch", "gradient_checkpointing": True},
+        {"confidence_share": 0.5, "format_weight": 0.1, "igsr_variant": "balanced", "temperature": 0.9,
+         "mask_truncated": False, "micro_tokens": 200, "loss": "dapo", "freeze_vision": True},
+    ],
+    ids=["lora", "clipped updates", "accuracy", "mixed"],
+)  # fmt: skip
+def test_every_setting_trains(world: Path, tmp_path: Path, other: dict[str, Any]) -> None:
+    run = run_train(config(world, tmp_path / "run", **(other | {"steps": 2, "save_every": 2})))
+    rows = lines(run)
+    assert all(abs(row["grad_norm"]) < float("inf") for row in rows)
+    assert sum(row["grad_norm"] for row in rows) > 0
+    assert list((run / "checkpoints").glob("*-step-2/model/*.safetensors"))
+
+
+def test_two_processes_train_as_one(world: Path, whole: Path, tmp_path: Path) -> None:
+    """The same prompts, completions and rewards, to the roundings of sums in another order."""
+    settings = config(world, tmp_path / "two", steps=2)
+    child = start(settings, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    said, _ = child.communicate(timeout=150)
+    assert child.returncode == 0, said
+    for one, two in zip(lines(whole)[:2], lines(settings.out), strict=True):
+        assert one.keys() == two.keys()
+        for key in ("reward_mean", "completion_tokens_mean", "text_score_mean"):
+            assert abs(one[key] - two[key]) <= 1e-3 * max(abs(one[key]), 1.0), key
