@@ -8,7 +8,6 @@ from math import prod
 from typing import Any
 
 MIB = 1 << 20
-MB = MIB  # as bench.scoring_report imports it
 FIRST_CALLS = ("first call", "first linear call")
 EAGER = ("eager, reused memory", "eager, fresh memory", "eager")
 Record = Mapping[str, Any]

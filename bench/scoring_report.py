@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.limits import MB, Record, ratio
+from bench.limits import MIB, Record, ratio
 from bench.report import clock, groups, heading, verdicts_table
 from bench.scoring_cases import GROWTH, REPEATED
 from bench.scoring_growth import WAYS, by_point
@@ -44,7 +44,7 @@ def _table(rows: Sequence[Record]) -> str:
             f"{clock(r['median_s'])} (n = {r['samples']})",
             f"{clock(r['low_s'])} to {clock(r['high_s'])}",
             "" if times is None else f"{times:.2f}",
-            "" if r["extra_bytes"] is None else f"{r['extra_bytes'] / MB:.1f} MB",
+            "" if r["extra_bytes"] is None else f"{r['extra_bytes'] / MIB:.1f} MiB",
             "" if less is None else f"{less:.2f}",
             wrong + ("; **wrong: no ratio is given**" if r["gate"] == "red" else ""),
         )
