@@ -60,7 +60,7 @@ def _outside_graphs(function: Function) -> Function:
 def linear_policy_loss(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
-    targets: Tensor,  # [T]
+    targets: Tensor,  # [...], T in all
     logp_old: Tensor | None,  # [T]
     advantage: Tensor,  # [S]
     offsets: Tensor,  # [S+1]
@@ -88,7 +88,8 @@ def linear_policy_loss(
 
     hidden [..., D] with one target a row, or rows [T] naming the row of each of the T targets; weight [V, D],
     bias [V]. logp_old None: the policy is the one that sampled, and its own log-probabilities are the old
-    ones (ratio 1). `PolicyLoss.logp` holds the T log-probabilities in nats, without a gradient.
+    ones (ratio 1). `PolicyLoss.logp` holds the T log-probabilities in nats, [T] whatever the shape of
+    targets, without a gradient.
 
     The gradient of hidden, weight and bias is computed here, while the tiles of logits exist, and is handed
     on by backward(): once. Without a tensor that needs a gradient, or under no_grad, none is made. With
@@ -128,7 +129,8 @@ def linear_policy_loss(
         )  # fmt: skip
         total = tiles.total(logp)
         return PolicyLoss(_Made.apply(total.loss, made, *inputs), total.metrics, logp)
-    logp = run_linear_stats(hidden, weight, targets, bias, rows, how, ("logp",), 1, memory, chosen)["logp"]
+    stats = run_linear_stats(hidden, weight, targets, bias, rows, how, ("logp",), 1, memory, chosen)
+    logp = stats["logp"].reshape(-1)
     tiles.slope(slice(0, len(logp)), logp)
     total = tiles.total(logp)
     return PolicyLoss(total.loss, total.metrics, logp)

@@ -45,7 +45,7 @@ def loss_and_gradient(
     h, w, b = inputs
     assert h is not None and w is not None
     with torch.enable_grad():
-        logp = reference.linear_token_stats(h, w, targets, bias=b, rows=rows, how=how)["logp"]
+        logp = reference.linear_token_stats(h, w, targets, bias=b, rows=rows, how=how)["logp"].reshape(-1)
     given = iter(torch.autograd.grad(logp, wanted, slope(slice(0, len(logp)), logp.detach())))
     g = [next(given) if x is not None and needed else None for x, needed in zip(inputs, needs, strict=True)]
     return logp.detach(), (g[0], g[1], g[2])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import raise_core as rc
-from tests.budget import assert_exact, assert_within_error_budget
+from tests.budget import HALF_ULP, assert_exact, assert_within_error_budget
 
 IMPLS = ["reference", "native", "triton"]
 every_impl = pytest.mark.parametrize("impl", IMPLS)
@@ -128,6 +128,35 @@ def test_without_a_gradient_to_make(impl: str) -> None:
         spare = torch.finfo(torch.float32).eps * with_one.loss.detach().abs().clamp(min=1)
         oracle = with_one.loss.detach().double()
         assert_within_error_budget(got.loss, oracle, with_one.loss.detach() + spare, name="loss")
+
+
+@every_impl
+@pytest.mark.parametrize(("b", "length"), [(3, 3), (2, 5), (5, 2)])
+def test_a_batch_of_rows_is_its_tokens_one_after_another(impl: str, b: int, length: int) -> None:
+    """[B, L] hidden states and targets: the bits of [B * L], with a gradient and without."""
+    count = b * length
+    hidden, weight = torch.randn(b, length, SIZE), torch.randn(VOCAB, SIZE) / 2
+    targets = torch.randint(0, VOCAB, (b, length))
+    kw: dict[str, Any] = {"num_tokens": count, "num_sequences": b, "impl": impl}
+    given = (-4.4 + torch.randn(count), torch.linspace(-1, 1, b), torch.arange(b + 1) * length)
+    flat = rc.linear_policy_loss(hidden.view(count, SIZE), weight, targets.view(-1), *given, **kw)
+    assert flat.logp is not None
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    made = rc.linear_policy_loss(h, w, targets, *given, **kw)
+    with torch.no_grad():
+        without = rc.linear_policy_loss(h, w, targets, *given, **kw)
+    for name, got in (("gradient", made), ("no_grad", without)):
+        assert got.logp is not None and got.logp.shape == (count,)
+        assert_exact(got.metrics["ratio_max"], flat.metrics["ratio_max"], name=f"{name}: ratio_max")
+        assert_within_error_budget(
+            got.loss.detach(), flat.loss.double(), flat.loss + HALF_ULP, name=f"{name}: loss"
+        )
+    made.loss.backward()
+    far, wide = hidden.view(count, SIZE).clone().requires_grad_(), weight.clone().requires_grad_()
+    rc.linear_policy_loss(far, wide, targets.view(-1), *given, **kw).loss.backward()
+    assert far.grad is not None and h.grad is not None and w.grad is not None and wide.grad is not None
+    assert_exact(h.grad.view(count, SIZE), far.grad, name="gradient of hidden")
+    assert_exact(w.grad, wide.grad, name="gradient of weight")
 
 
 @every_impl
