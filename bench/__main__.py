@@ -6,6 +6,7 @@ from importlib import import_module
 BENCHES = {
     "arms": "the demo's comparison of rewards, paired over seeds",
     "decoders": "decord, torchcodec and PyAV on mp4 files of several sizes",
+    "loop": "a whole GRPO step against TRL's GRPOTrainer",
     "ops": "the operations against eager PyTorch and other libraries: time, memory, error",
     "report": "tables and figures of the recorded runs of ops and scoring",
     "scoring": "a group scored once against the prompt repeated for each completion",
