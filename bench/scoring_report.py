@@ -77,6 +77,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
     axes_of = list(dict.fromkeys(r["axis"] for r in records))
     style = {
@@ -98,6 +99,11 @@ def draw(records: Sequence[Record], path: Path) -> None:
             if auto:
                 axis.scatter(*zip(*auto, strict=True), s=50, facecolors="none", edgecolors="k", label="auto")
             axis.set(xscale="log", yscale="log", xlabel=name)
+            places = sorted({r["x"] for r in mine})
+            axis.set_xticks(places, [str(x) for x in places])
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
         axes.flat[0].set_ylabel("seconds")
         axes.flat[0].legend(frameon=False)
         figure.savefig(path, metadata={"Date": None})

@@ -184,6 +184,13 @@ class Plan:
 @lru_cache(maxsize=64)
 def plan(lengths: tuple[int, ...], parents: tuple[int, ...], cached: int) -> Plan:
     """The calls of a layout (see `Layout`), whose nodes come in depth-first order."""
+    if cached > 1:
+        raise ValueError(f"cached: got {cached} nodes, wanted none or one prompt")
+    line = list[int]()  # what the next node may follow
+    for node, parent in enumerate(parents):
+        if parent >= 0 and parent not in line:
+            raise ValueError(f"parents[{node}]: got {parent}, wanted depth-first order")
+        line = [*line[: line.index(parent) + 1 if parent >= 0 else 0], node]
     starts = [0, *accumulate(lengths)]
     before = starts[cached]
     stop = list(range(1, len(lengths) + 1))  # one past the last node that follows this one
@@ -259,6 +266,7 @@ def _with_room(grad: Tensor, cached: int) -> Tensor:
 
 def tree_attention(kernels: Flash, calls: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """[1, H, Lq, E] and [1, Hk, Lk, E] to [1, H, Lq, E]."""
-    rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+    # The CPU's kernel lays its output out as the query lies, and writes it as if columns were adjacent.
+    rows = [(x if x.stride(-1) == 1 else x.contiguous())[0].transpose(0, 1) for x in (q, k, v)]
     out: Tensor = TreeAttention.apply(kernels, calls, scale, *rows)
     return out.transpose(0, 1)[None]

@@ -63,12 +63,11 @@ class Tree:
     """
 
     def __init__(self, index: int, length: int, branches: Sequence[Branch]) -> None:
+        line = [-1]  # what the next branch may follow: the one before it, or any that this one follows
         for i, branch in enumerate(branches):
-            if not -1 <= branch.parent < i or self._top(branches, branch.parent) not in (
-                -1,
-                self._top(branches, i - 1),
-            ):
+            if branch.parent not in line:
                 raise ValueError(f"branches[{i}]: got parent {branch.parent}, wanted depth-first order")
+            line = [*line[: line.index(branch.parent) + 1], i]
         self.index = index
         self.length = length
         self.branches = branches

@@ -107,6 +107,31 @@ def test_each_key_is_read_by_one_call_for_all_that_follow_it() -> None:
     assert plan((5,), (-1,), 0).across == ()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "parents", "cached"),
+    [((7, 6, 3, 4), (-1, -1, 0, 1), 0), ((2, 1, 1, 1), (-1, 0, 0, 1), 0), ((3, 2, 1), (-1, 0, 0), 2)],
+    ids=["an earlier prompt", "a cousin", "two cached"],
+)
+def test_other_orders_are_refused(lengths: Any, parents: Any, cached: int) -> None:
+    """Descendants must be one run of rows: anything else would attend to the wrong keys."""
+    with pytest.raises(ValueError, match="depth-first order|wanted none or one prompt"):
+        plan(lengths, parents, cached)
+
+
+def test_any_strides() -> None:
+    """Queries, keys and values whose columns are not adjacent."""
+    layout = Layout((5, 3, 3), (-1, 0, 0))
+    given = inputs(layout, False, 2)
+    apart = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in given]
+    for what, g, w in zip(
+        NAMES,
+        run(attend, layout, apart, torch.float64, False),
+        run(dense, layout, given, torch.float64, False),
+        strict=True,
+    ):
+        assert_equal_but_for_roundings(g, w, name=what)
+
+
 def test_dropout_and_mixed_dtypes_go_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout((5, 3), (-1, 0))
     used: list[Any] = []

@@ -121,6 +121,8 @@ def test_branches_out_of_order_are_refused() -> None:
         Tree(0, 1, [first, second, Branch([7], 0, 1, parent=0)])
     with pytest.raises(ValueError, match="depth-first"):
         Tree(0, 1, [Branch([7], 0, 1, parent=0)])
+    with pytest.raises(ValueError, match=r"branches\[3\]: got parent 1"):
+        Tree(0, 5, [first, *(Branch([6], 0, 1, parent=p) for p in (0, 0, 1))])
 
 
 LAYOUTS = {
