@@ -4,13 +4,17 @@ A rounding is allowed, a wrong mask or position is not. What roundings come to i
 hand: a pass of one completion is repeated with its embeddings nudged by an ulp. Roundings inside the layers
 are of the same size and add up at random, so that `ROUNDINGS` of them a layer give the square root of their
 number times that. A wrong position changes the result by a share of its size instead.
+
+The ulp is that of the coarsest dtype that some module gives: under autocast, or FSDP2's mixed precision, the
+weights and the last norm are fp32 and the products are not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +42,29 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def dtypes_of(modules: Iterable[nn.Module]) -> Iterator[set[torch.dtype]]:
+    """The floating-point dtypes that these modules and the ones inside them return meanwhile."""
+    seen = set[torch.dtype]()
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            seen.add(output.dtype)
+
+    inner = {inside: None for module in modules for inside in module.modules()}
+    handles = [module.register_forward_hook(note) for module in inner]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> float:
+    """The largest ulp of 1 among these dtypes."""
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
 def _rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
@@ -55,8 +82,9 @@ def group_fault(call: Call, tree: Tree, mode: str) -> str | None:
             got = wanted_rows(call, [tree], [mode])[-(wanted.stop - wanted.start) :]
         except MaskRead as error:
             return str(error)
-        plain = plain_branch(call, tree, branch)[here]
-        eps = torch.finfo(plain.dtype).eps
+        with dtypes_of(call.backbone.layers) as seen:
+            plain = plain_branch(call, tree, branch)[here]
+        eps = coarsest({plain.dtype, *seen})
         still, nudged = (chain(call, tree, path, jitter=jitter)[here] for jitter in (0.0, eps))
     layers = len(call.backbone.layers)
     allowed = SLACK * math.sqrt(ROUNDINGS * (layers + 1)) * max(_rms(nudged - still), eps * _rms(plain))
@@ -80,10 +108,12 @@ def head_fault(backbone: Backbone, tokens: int = 8, columns: int = 512) -> str |
     ids = ids[backbone.media.kinds(ids) == 0][:tokens][None].to(backbone.device)
     some = torch.arange(0, vocabulary, max(vocabulary // columns, 1), device=head.weight.device)
     with evaluation(backbone.model):
-        own = backbone.model(input_ids=ids, use_cache=False).logits[0]
+        with dtypes_of([backbone.model.get_output_embeddings()]) as seen:
+            own = backbone.model(input_ids=ids, use_cache=False).logits[0]
         hidden = backbone.core(input_ids=ids, use_cache=False).last_hidden_state[0].to(head.weight.device)
         if own.shape[1] != vocabulary:
             return f"its logits have {own.shape[1]} columns, its head {vocabulary}"
+        eps = coarsest({own.dtype, hidden.dtype, head.weight.dtype, *seen})
         own, weight, hidden = own[:, some].double(), head.weight[some].double(), hidden.double()
         z = hidden @ weight.T
         reach = hidden.norm(dim=1)[:, None] * weight.norm(dim=1)
@@ -92,7 +122,6 @@ def head_fault(backbone: Backbone, tokens: int = 8, columns: int = 512) -> str |
         z, reach = head.logit_scale * z, abs(head.logit_scale) * reach
         if head.softcap is not None:
             z = head.softcap * torch.tanh(z / head.softcap)
-    eps = torch.finfo(head.weight.dtype).eps
     # A product of D terms is off by about sqrt(D) roundings of its terms; then it is rounded itself.
     allowed = 4 * eps * (reach / math.sqrt(size) + z.abs() + 1)
     off = (own.to(z.device) - z).abs()

@@ -79,6 +79,9 @@ class Scorer:
     features: what `vision_features(prompts)` gave, to run the vision tower once for several calls.
 
     The model's mode, dropout and precision are left as they are; call under `torch.no_grad()` for scores.
+    Under autocast the model runs as autocast has it, and the self-check allows that dtype's roundings. The
+    head's statistics are fp32 all the same, from the hidden states as they come and the weights as they are
+    stored: autocast does not reach them.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ def attend(
     Differentiable.
     """
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     kernels = flash_for(query, key, value, gqa=enable_gqa) if dropout_p == 0.0 else None
     if kernels is None:
