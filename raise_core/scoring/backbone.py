@@ -42,6 +42,11 @@ class Head:
     logit_scale: float
     softcap: float | None
 
+    def z(self, logits: Tensor) -> Tensor:
+        """What the model samples from: hidden @ weight.T + bias after scale and softcap."""
+        scaled = logits * self.logit_scale
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
     def options(self) -> dict[str, Any]:
         """weight, bias, logit_scale and softcap by name."""
         return {

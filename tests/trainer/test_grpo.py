@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
+from transformers import Qwen2_5_VLModel
 
 import raise_core as rc
 from raise_trainer import grpo as grpo_module
@@ -64,6 +65,7 @@ def run(folder: Path, mine: slice, *, steps: int = 2, **other: Any) -> tuple[Any
     processor = tiny.build_processor()
     tokenizer = processor.tokenizer
     model = tiny.build_model(processor, seed=0).double()
+    model.model.visual.requires_grad_(not other.pop("frozen", False))
     method = Method(**{"group_size": G, "max_new_tokens": LONGEST, **other})
     grpo = Grpo(
         model, rc.EmaReference(model, every=1), torch.optim.SGD(model.parameters(), lr=0.1), tokenizer,
@@ -178,3 +180,37 @@ def test_a_step_with_nothing_to_learn_from_moves_nothing(clips: Path) -> None:
         assert_exact(weight, start[key], name=key)
     _, (nothing,) = run(clips, slice(0, 0), steps=1)
     assert nothing.figures["grad_norm"] == 0.0
+
+
+def test_a_frozen_tower_runs_once_a_step_and_changes_nothing(
+    clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its features serve sampling, scoring and the updates; the step is the one that encodes each time."""
+    calls = list[int]()
+    encode = Qwen2_5_VLModel.get_video_features
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return encode(self, *args, **options)
+
+    monkeypatch.setattr(Qwen2_5_VLModel, "get_video_features", counted)
+    once, _ = run(clips, slice(None), steps=1, updates=2, frozen=True)
+    first_step = len(calls)  # first-use checks included
+    run(clips, slice(None), steps=2, updates=2, frozen=True)
+    assert len(calls) - first_step == first_step + 1
+    monkeypatch.setattr(Grpo, "_features", lambda self, prompts: None)
+    each, _ = run(clips, slice(None), steps=1, updates=2, frozen=True)
+    for key, weight in each.state_dict().items():
+        assert_equal_but_for_roundings(once.state_dict()[key], weight, name=key)
+
+
+def test_without_a_kl_only_the_answers_are_scored_and_the_rewards_are_the_same(clips: Path) -> None:
+    _, (lean,) = run(clips, slice(None), steps=1)
+    _, (full,) = run(clips, slice(None), steps=1, watch_kl=True)
+    assert lean.scored is not None and lean.scored.logp_ref is None and "kl" not in lean.figures
+    assert full.scored is not None and full.scored.logp_ref is not None and "kl" in full.figures
+    assert_equal_but_for_roundings(
+        lean.scored.confidence.double(), full.scored.confidence.double(), name="confidence"
+    )
+    for key in lean.figures.keys() & {"igsr_bonus_share", "answer_missing_share", "scre_differs_share"}:
+        assert lean.figures[key] == full.figures[key]

@@ -65,7 +65,7 @@ def rolled(processor: Any, tmp_path_factory: pytest.TempPathFactory) -> Rollout:
 
 
 def method(**other: Any) -> Method:
-    return Method(group_size=G, max_new_tokens=28, **other)
+    return Method(group_size=G, max_new_tokens=28, watch_kl=True, **other)
 
 
 def scored(rolled: Rollout, model: Any, processor: Any, kind: Any) -> Scored:

@@ -162,6 +162,23 @@ def test_what_cannot_be_used_is_left_out_by_name(world: Path, tmp_path: Path) ->
         run_train(config(world, tmp_path / "strict", data=data, steps=3, on_bad_media="fail"))
 
 
+def test_evaluation_keeps_the_best_checkpoint(world: Path, tmp_path: Path) -> None:
+    """Every row counts, one that cannot be read too; the checkpoint with the best score is not removed."""
+    data = [world / "data/test.json", {"path": with_bad_rows(world, tmp_path), "root": world / "data"}]
+    run = run_train(config(world, tmp_path / "run", eval_data=data, eval_every=1, save_every=1, steps=4))
+    scored = {row["step"]: row for row in lines(run) if row["stage"] == "evaluate"}
+    assert list(scored) == [0, 1, 2, 3]
+    rows = len(json.loads((world / "data/test.json").read_text())) + 9
+    assert all(
+        row["unused_share"] == 3 / rows and row["answer_missing_share"] >= 3 / rows for row in scored.values()
+    )
+    best = max(scored, key=lambda step: scored[step]["text_score_mean"])
+    kept = {int(path.name.rpartition("-")[2]) for path in (run / "checkpoints").iterdir()}
+    assert kept >= {3, 4} and any(
+        scored[step - 1]["text_score_mean"] == scored[best]["text_score_mean"] for step in kept
+    )
+
+
 @pytest.mark.parametrize(
     "other",
     [

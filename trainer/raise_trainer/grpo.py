@@ -22,6 +22,7 @@ import raise_core as rc
 from . import ranks
 from .checkpoints import StepGuard
 from .method import Method
+from .models import vision_tower
 from .prompts import Prompt
 from .rollout import Rollout, sample
 from .scoring import Scored, score
@@ -98,6 +99,7 @@ class Grpo:
             rollout = sample(
                 self.model, prompts, group_size=method.group_size, max_new_tokens=method.max_new_tokens,
                 temperature=method.temperature, eos=self.eos, suppress=self.suppress, draws=draws,
+                features=self._features(prompts),
             )  # fmt: skip
         with self.phases("score"), self.reference.active():
             scored = score(rollout, self.confidant, self.tokenizer, method, eos=self.eos) if prompts else None
@@ -116,6 +118,14 @@ class Grpo:
             sum(float(h.sum()) for h in rollout.entropy), sum(map(len, rollout.completions))
         )
         return Outcome(rollout, scored, advantage, figures | {"entropy": entropy / max(tokens, 1)})
+
+    @torch.no_grad()
+    def _features(self, prompts: Sequence[Prompt]) -> Any:
+        """Of the prompts' media, once for all passes of the step; None where the vision tower is trained."""
+        tower = vision_tower(self.model)
+        if not prompts or tower is None or any(p.requires_grad for p in tower.parameters()):
+            return None
+        return self.policy.vision_features([p.inputs for p in prompts])
 
     def _advantages(self, scored: Scored | None, rollout: Rollout) -> Tensor:
         """[B]; a batch-wide standard deviation is that of all processes."""
@@ -140,7 +150,9 @@ def _groups(
     """What is learned from, by prompt; a completion that is left out still counted in its group's mean."""
     if scored is None:
         return []
-    logp_ref = scored.logp_ref.split([len(ids) for ids in rollout.completions])
+    lengths = [len(ids) for ids in rollout.completions]
+    logp_ref = None if scored.logp_ref is None else scored.logp_ref.split(lengths)
+    features = rollout.features or [None] * len(rollout.prompts)
     groups = []
     for p, inputs in enumerate(rollout.inputs):
         kept = [
@@ -150,7 +162,8 @@ def _groups(
         ]
         if kept:
             completions = [rollout.completions[b] for b in kept]
-            groups.append(Group(inputs, completions, advantage[kept], torch.cat([logp_ref[b] for b in kept])))
+            reference = None if logp_ref is None else torch.cat([logp_ref[b] for b in kept])
+            groups.append(Group(inputs, completions, advantage[kept], reference, features=features[p]))
     return groups
 
 

@@ -6,7 +6,7 @@ setting), a reference that starts from the warm-started model instead of a pretr
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -88,7 +88,7 @@ def run_grpo(
     optimizer = _adamw(model, config.grpo_lr)
     batches = _batches(prompts, config.prompts, random.Random(f"{config.seed} grpo"))
     grpo = Grpo(
-        model, reference, optimizer, tokenizer, Method.of(config),
+        model, reference, optimizer, tokenizer, replace(Method.of(config), watch_kl=True),
         eos=sampling["eos"], suppress=sampling["suppress"],
     )  # fmt: skip
     with log.stage(name, config.grpo_steps) as stage:

@@ -22,6 +22,7 @@ class Method:
     min_std: float = 0.02
     clip: tuple[float, float] = (0.2, 0.2)
     kl: float = 0.0
+    watch_kl: bool = False  # report the KL although no loss has it: all completion rows are scored for it
     mask_truncated: bool = False
     updates: int = 1
     micro_tokens: int = 1 << 20

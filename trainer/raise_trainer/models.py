@@ -1,7 +1,6 @@
 """The model to train, its processor and its reference, as the settings ask for."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 import raise_core as rc
 
 from .errors import UserError
+from .prompts import load_processor
 from .train_config import TrainConfig
 
 
@@ -31,17 +31,13 @@ def load_policy(config: TrainConfig, device: torch.device) -> Policy:
     """Load, place and prepare the model for training. UserError where it cannot be had."""
     import transformers
 
-    name = str(Path(config.model)) if Path(config.model).exists() else config.model
+    processor, _ = load_processor(config.model)
+    sees = getattr(processor, "tokenizer", None) is not None
+    kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     try:
-        about = transformers.AutoConfig.from_pretrained(name)
-        known = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        sees = type(about) in known
-        kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
         model = kind.from_pretrained(
-            name, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+            config.model, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
         )
-        reader = transformers.AutoProcessor if sees else transformers.AutoTokenizer
-        processor = reader.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model {config.model!r}: cannot be loaded ({reason})") from None
@@ -65,7 +61,7 @@ def _aligned(model: Any) -> Any:
 def _trainable(model: Any, config: TrainConfig) -> Any:
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    vision = _vision_tower(model)
+    vision = vision_tower(model)
     if vision is not None and (config.freeze_vision or config.lora_rank):
         vision.requires_grad_(False)
     if config.lora_rank:
@@ -73,7 +69,10 @@ def _trainable(model: Any, config: TrainConfig) -> Any:
     return model
 
 
-def _vision_tower(model: Any) -> nn.Module | None:
+def vision_tower(model: Any) -> nn.Module | None:
+    """The part of a model (or of its PEFT wrapper) that sees, None where there is none."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     core = model.base_model if hasattr(model, "base_model") else model
     for name in ("visual", "vision_tower", "vision_model"):
         found = getattr(core, name, None)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raise_core.scoring.backbone import Backbone
+from raise_core.scoring.backbone import Backbone, VisionFeatures
 from raise_core.scoring.packing import Tree, lay_out
 from raise_core.scoring.prompts import Prompt, read_prompts
 
@@ -42,18 +42,26 @@ class Prefilled:
         return Prefilled(self.last[index], self.cache, self.mask[index], self.position_ids[:, index])
 
 
-def prefill(backbone: Backbone, prompts: Sequence[Mapping[str, Any]], room: int) -> Prefilled:
+def prefill(
+    backbone: Backbone,
+    prompts: Sequence[Mapping[str, Any]],
+    room: int,
+    features: Sequence[VisionFeatures | None] | None = None,
+) -> Prefilled:
     """Run prompts (each as the processor returns it); `room` is the length of the longest completion to come.
 
+    features: of their media, where they are known (`Scorer.vision_features`).
     Raises ValueError for a model whose groups cannot be packed, with the reason.
     """
     if backbone.why_plain is not None:
         raise ValueError(f"model: {backbone.why_plain}; its prompts cannot be run together")
     read = read_prompts(prompts, backbone.media)
-    features = backbone.vision_features(read) if backbone.family else [None] * len(read)
+    if features is None:
+        features = backbone.vision_features(read) if backbone.family else [None] * len(read)
     positions = {i: backbone.positions(p, len(p) + room) for i, p in enumerate(read)}
     last, layers = list[Tensor](), list[list[tuple[Tensor, Tensor]]]()
-    for some in _passes([len(p) for p in read]):
+    passes = _passes([len(p) for p in read], backbone.window)
+    for some in passes:
         hidden, cache = _run(backbone, read, features, positions, some)
         ends = list(accumulate(len(read[i]) for i in some))
         last.append(hidden[[end - 1 for end in ends]])
@@ -61,7 +69,7 @@ def prefill(backbone: Backbone, prompts: Sequence[Mapping[str, Any]], room: int)
     width = max(map(len, read))
     mask = torch.stack([torch.arange(width) >= width - len(p) for p in read]).long().to(backbone.device)
     after = [positions[i][:, len(p) :] for i, p in enumerate(read)]
-    sizes = [[len(read[i]) for i in some] for some in _passes([len(p) for p in read])]
+    sizes = [[len(read[i]) for i in some] for some in passes]
     return Prefilled(
         torch.cat(last),
         _batched(layers, sizes, width),
@@ -70,15 +78,19 @@ def prefill(backbone: Backbone, prompts: Sequence[Mapping[str, Any]], room: int)
     )
 
 
-def _passes(lengths: Sequence[int]) -> list[list[int]]:
-    """Prompts by their index, as many in a pass as MAX_TOKENS allow."""
+def _passes(lengths: Sequence[int], window: int | None) -> list[list[int]]:
+    """Prompts by their index, as many in a pass as MAX_TOKENS allow.
+
+    One longer than a sliding window has a pass of its own, where the mask is the model's.
+    """
     found, room = list[list[int]](), 0
     for i, n in enumerate(lengths):
-        if not found or n > room:
+        alone = window is not None and n > window
+        if not found or n > room or alone:
             found.append([])
             room = MAX_TOKENS
         found[-1].append(i)
-        room -= n
+        room = 0 if alone else room - n
     return found
 
 

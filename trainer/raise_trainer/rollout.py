@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import raise_core as rc
-from raise_core.scoring.backbone import Backbone
+from raise_core.scoring.backbone import Backbone, VisionFeatures
 
 from .prefill import prefill
 from .prompts import Prompt
@@ -23,7 +23,8 @@ class Rollout:
 
     completions: token ids up to and including the end-of-sequence token (which a truncated one lacks).
     logp, entropy: per completion, of each sampled token at temperature 1 over the whole vocabulary [nats].
-    owner: per completion, the index of its prompt.
+    owner: per completion, the index of its prompt. features: of the prompts' media, for whoever runs them
+    again; None where the vision tower is trained, so that each has to run it.
     """
 
     prompts: list[Prompt]
@@ -31,6 +32,7 @@ class Rollout:
     logp: list[Tensor]
     entropy: list[Tensor]
     owner: list[int]
+    features: Sequence[VisionFeatures | None] | None = None
 
     @property
     def inputs(self) -> list[dict[str, Any]]:
@@ -57,6 +59,7 @@ def sample(
     eos: Sequence[int],
     suppress: Sequence[int],
     draws: Tensor | None,
+    features: Sequence[VisionFeatures | None] | None = None,
 ) -> Rollout:
     """Sample until every completion has ended or `max_new_tokens` are reached; temperature 0 is greedy.
 
@@ -69,17 +72,18 @@ def sample(
         return Rollout([], [], [], [], [])
     backbone, b = Backbone(model), len(prompts) * group_size
     owner = [i // group_size for i in range(b)]
-    start = prefill(backbone, [p.inputs for p in prompts], max_new_tokens).select(owner)
+    start = prefill(backbone, [p.inputs for p in prompts], max_new_tokens, features).select(owner)
     never = torch.tensor(list(suppress), dtype=torch.long, device=start.last.device)
-    head, hidden, mask = model.get_output_embeddings(), start.last, start.mask
+    head, hidden, mask = backbone.head(), start.last, start.mask
+    rule = {"logit_scale": head.logit_scale, "softcap": head.softcap}
     growing = list(range(b))  # the completion of each row
     completions: list[list[int]] = [[] for _ in range(b)]
     logp: list[list[float]] = [[] for _ in range(b)]
     entropy: list[list[float]] = [[] for _ in range(b)]
     for step in range(max_new_tokens):
-        logits = head(hidden).float()  # [rows, V]
-        token = _pick(logits, temperature, never, None if draws is None else draws[growing, step])
-        stats = rc.token_stats(logits, token, want=("logp", "entropy"))
+        logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()  # [rows, V]
+        token = _pick(head.z(logits), temperature, never, None if draws is None else draws[growing, step])
+        stats = rc.token_stats(logits, token, want=("logp", "entropy"), **rule)
         ids = token.tolist()
         ended = [completions[c][-1:] != [] and completions[c][-1] in eos for c in growing]
         for c, over, *values in zip(
@@ -105,7 +109,7 @@ def sample(
             use_cache=True,
         ).last_hidden_state[:, -1]
     as_tensors = [[torch.tensor(row) for row in rows] for rows in (logp, entropy)]
-    return Rollout(list(prompts), completions, *as_tensors, owner)
+    return Rollout(list(prompts), completions, *as_tensors, owner, features)
 
 
 def _pick(logits: Tensor, temperature: float, never: Tensor, draws: Tensor | None) -> Tensor:

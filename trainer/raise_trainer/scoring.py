@@ -23,7 +23,7 @@ class Scored:
     text [B]: decoded completions.  score [B]: text score in [0, 1].  found [B]: answer spans.
     reward [B]; confidence [B] in [0, 1], under the reference, for wrong answers too. truncated [B]: no end.
     logp_ref [T]: log-probability of every completion token under the reference, at the sampling temperature,
-    as the policy's in the KL [nats].
+    as the policy's in the KL [nats]; None where neither the loss nor a metric has a KL.
     metrics: means over this batch, by name.
     """
 
@@ -33,7 +33,7 @@ class Scored:
     reward: Tensor
     confidence: Tensor
     truncated: Tensor
-    logp_ref: Tensor
+    logp_ref: Tensor | None
     metrics: dict[str, float]
 
 
@@ -52,22 +52,30 @@ def score(
     verdicts = [row.verdict(t) for row, t in zip(rows, text, strict=True)]
     text_score = torch.tensor([verdict.score for verdict in verdicts])
     found = rc.find_answer_spans(rollout.completions, tokenizer)
-    states, head = scorer.completion_rows(rollout.inputs, rollout.groups), scorer.head().options()
-    device, first_rows = states.hidden.device, states.offsets[:-1].cpu()
-    spans = rc.build_spans(found, rollout.completions, first_rows, rollout.owner).to(device)
     strict = torch.tensor([row.strict for row in rows])
-    got = rc.confidence_rewards(
-        spans,
-        text_score.to(device),
-        strict.to(device),
-        hidden=states.hidden,
-        group_size=method.group_size,
-        variant=method.igsr_variant,
-        **head,
-    )
-    logp_ref = rc.linear_token_stats(
-        states.hidden, targets=states.targets, temperature=method.temperature, **head
-    ).logp
+    offsets = torch.tensor([0, *(len(f) for f in found)]).cumsum(0)
+    options = {"group_size": method.group_size, "variant": method.igsr_variant}
+    logp_ref = None
+    if method.kl or method.watch_kl:
+        states = scorer.completion_rows(rollout.inputs, rollout.groups, features=rollout.features)
+        head, device = scorer.head().options(), states.hidden.device
+        spans = rc.build_spans(found, rollout.completions, states.offsets[:-1].cpu(), rollout.owner)
+        got = rc.confidence_rewards(
+            spans.to(device),
+            text_score.to(device),
+            strict.to(device),
+            hidden=states.hidden,
+            **head,
+            **options,
+        )
+        logp_ref = rc.linear_token_stats(
+            states.hidden, targets=states.targets, temperature=method.temperature, **head
+        ).logp
+    else:  # the answers' rows alone
+        got = scorer.rewards(
+            rollout.inputs, rollout.groups, text_score, strict, tokenizer, found=found,
+            features=rollout.features, **options,
+        )  # fmt: skip
     confidence, k = got.confidence.cpu(), method.confidence_share
     reward = text_score
     if method.reward == "scre-igsr":
@@ -76,8 +84,9 @@ def score(
     if method.format_weight:
         reward = reward + method.format_weight * well_formed
     truncated = torch.tensor([ids[-1:] == [] or ids[-1] not in eos for ids in rollout.completions])
-    answered = strict & (spans.lengths.cpu() > 0)
-    plain = rc.scre(got.parts["logp"], spans.offsets, eta=0.0, lam=0.0, first_index=0).cpu()  # Π p
+    answered = strict & (offsets.diff() > 0)
+    logp = got.parts["logp"].cpu()
+    plain = rc.scre(logp, offsets, eta=0.0, lam=0.0, first_index=0)  # Π p
     shares = got.metrics()
     metrics = {
         "reward_mean": float(reward.mean()),
@@ -99,7 +108,7 @@ def score(
         reward,
         confidence,
         truncated,
-        logp_ref.cpu(),
+        None if logp_ref is None else logp_ref.cpu(),
         metrics,
     )
 

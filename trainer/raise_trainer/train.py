@@ -18,6 +18,7 @@ from .checkpoints.stopping import Stop
 from .errors import UserError
 from .feed import Feed
 from .grpo import Grpo, Phases
+from .held_out import HeldOutRows
 from .logbook import Logbook, Stage
 from .loop import set_lr
 from .method import Method
@@ -41,10 +42,27 @@ class Run:
     state: TrainingState
     checkpoints: Checkpoints
     stop: Stop
+    held_out: HeldOutRows | None
+    evaluated: tuple[int, float] = (0, 0.0)  # finished steps at the last evaluation, and its mean text score
 
     def save(self) -> None:
-        """A checkpoint of the finished steps."""
-        self.checkpoints.save(self.state, self.state.step, logs=[self.log.out / "metrics.jsonl"])
+        """A checkpoint of the finished steps, with the last evaluation's score if it was made just now."""
+        step, metric = self.evaluated
+        self.checkpoints.save(
+            self.state,
+            self.state.step,
+            metric if step == self.state.step else None,
+            logs=[self.log.out / "metrics.jsonl"],
+        )
+
+    def evaluate(self) -> None:
+        """Answer the evaluation rows and log the figures; nothing without evaluation data."""
+        if self.held_out is None:
+            return
+        with self.log.stage("evaluate", len(self.held_out.source)) as stage:
+            figures = self.held_out.figures(stage.advance)
+        self.log.write("evaluate", self.state.step - 1, **figures)
+        self.evaluated = (self.state.step, figures["text_score_mean"])
 
     def steps(self, stage: Stage, per_round: int) -> Iterator[int]:
         """Finished steps before each round of `per_round`, until all are done or a signal came."""
@@ -53,12 +71,19 @@ class Run:
             set_lr(self.optimizer, self.config.lr, before, self.config.steps)
             yield before
             self.state.step = before + per_round
-            every = self.config.save_every
-            if self.state.step // every > before // every or self.state.step >= self.config.steps:
+            done = self.state.step >= self.config.steps
+            if done or _due(before, self.state.step, self.config.eval_every):
+                self.evaluate()
+            if done or _due(before, self.state.step, self.config.save_every):
                 self.save()
         if self.state.step < self.config.steps:
             self.save()
             self.log.say(f"{self.stop.signal}: stopped after step {self.state.step}; run again to go on")
+
+
+def _due(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` was passed; 0 is never."""
+    return every > 0 and after // every > before // every
 
 
 @contextmanager
@@ -88,13 +113,18 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
             config=config.model_dump(mode="json") | {"kind": kind},
             data=feed.fingerprint,
         )
-        checkpoints = Checkpoints(log.out / "checkpoints", say=log.say)
+        best = "max" if config.eval_data else None
+        checkpoints = Checkpoints(log.out / "checkpoints", keep_best=best, say=log.say)
         resumed = checkpoints.resume(state, may_change=FREE)
         share(lambda: truncate_log(log.out / "metrics.jsonl", state.step))
         if resumed is not None:
             log.say(f"goes on after step {resumed.step} from {resumed.path}")
         stop = stack.enter_context(graceful_stop())
-        yield Run(config, policy, optimizer, feed, guard, log, state, checkpoints, stop), reference
+        held_out = HeldOutRows(config, policy, feed.builder) if config.eval_data else None
+        yield (
+            Run(config, policy, optimizer, feed, guard, log, state, checkpoints, stop, held_out),
+            reference,
+        )
 
 
 def _folder(config: TrainConfig, kind: str) -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import raise_core as rc
+from raise_core.scoring.backbone import VisionFeatures
 
 from . import ranks
 from .checkpoints import StepGuard
@@ -23,13 +24,15 @@ class Group:
 
     advantage [g]; logp_ref [t] of their tokens in order. logp_old [t]: log-probabilities of the policy that
     sampled, at the sampling temperature; None until the first update, in which the policy is that one.
+    features: of the prompt's media where the vision tower is not trained; None runs it.
     """
 
     inputs: dict[str, Any]
     completions: list[list[int]]
     advantage: Tensor
-    logp_ref: Tensor
+    logp_ref: Tensor | None
     logp_old: Tensor | None = None
+    features: VisionFeatures | None = None
 
     @property
     def tokens(self) -> int:
@@ -104,9 +107,13 @@ def policy_step(
     optimizer.zero_grad(set_to_none=True)
     parts = list[dict[str, float]]()
     for some in micro_batches(groups, method.micro_tokens):
-        rows = scorer.completion_rows([g.inputs for g in some], [g.completions for g in some])
+        frozen = [g.features for g in some] if any(g.features is not None for g in some) else None
+        rows = scorer.completion_rows(
+            [g.inputs for g in some], [g.completions for g in some], features=frozen
+        )
         device, head = rows.hidden.device, scorer.head().options()
         olds = [g.logp_old for g in some if g.logp_old is not None]
+        refs = [g.logp_ref for g in some if g.logp_ref is not None]
         made = rc.linear_policy_loss(
             rows.hidden,
             head.pop("weight"),
@@ -119,7 +126,7 @@ def policy_step(
             num_tokens=tokens,
             num_sequences=sequences,
             max_length=method.max_new_tokens,
-            logp_ref=torch.cat([g.logp_ref for g in some]).to(device),
+            logp_ref=torch.cat(refs).to(device) if refs else None,
             kl=method.kl,
             eps_low=method.clip[0],
             eps_high=method.clip[1],

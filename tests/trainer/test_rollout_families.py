@@ -1,0 +1,71 @@
+"""What is sampled comes from the model that is scored, in every family: scale, softcap, window, positions."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import raise_core as rc
+from raise_trainer.prompts import Prompt
+from raise_trainer.rollout import draws, sample
+from tests.budget import assert_within_error_budget
+from tests.tiny_models import media_prompt, text_model, text_prompt, vision_model
+
+G, LONGEST = 2, 6
+TEXT = {
+    "Llama": {},
+    "Qwen3": {},
+    "Gemma3Text": {"final_logit_softcapping": 5.0, "sliding_window": 512},
+    "Granite": {"logits_scaling": 4.0},
+    "Cohere": {"logit_scale": 0.25},
+    "Mistral": {"sliding_window": 6},
+}
+VISION = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
+
+
+def agree(model: Any, inputs: list[dict[str, Any]]) -> None:
+    """The sampler's log-probabilities against passes of one completion each, and its entropies."""
+    prompts = [Prompt(None, given, None) for given in inputs]  # type: ignore[arg-type]
+    places = [(0, i) for i in range(len(prompts))]
+    rolled = sample(
+        model, prompts, group_size=G, max_new_tokens=LONGEST, temperature=1.0, eos=[-1], suppress=[],
+        draws=draws(0, places, G, LONGEST),
+    )  # fmt: skip
+    oracle, peer = (by_itself(m, inputs, rolled.groups) for m in (copy.deepcopy(model).double(), model))
+    for name, got in (("logp", rolled.logp), ("entropy", rolled.entropy)):
+        assert_within_error_budget(torch.cat(got), oracle[name].double(), peer[name], name=name)
+
+
+def by_itself(
+    model: Any, inputs: list[dict[str, Any]], groups: list[list[list[int]]]
+) -> dict[str, torch.Tensor]:
+    """Statistics from a pass of one completion each."""
+    given = [{k: v.to(model.dtype) if k.startswith("pixel") else v for k, v in i.items()} for i in inputs]
+    with torch.no_grad():
+        found = rc.Scorer(model, packing="plain").token_stats(given, groups, want=("logp", "entropy"))
+    flat = [stats for group in found for stats in group]
+    return {name: torch.cat([getattr(s, name) for s in flat]) for name in ("logp", "entropy")}
+
+
+@pytest.mark.parametrize("family", TEXT)
+def test_text(family: str) -> None:
+    agree(
+        text_model(family, **TEXT[family]), [text_prompt(12), text_prompt(9, seed=1), text_prompt(3, seed=2)]
+    )
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_videos_images_and_text_together(family: str) -> None:
+    model = vision_model(family)
+    agree(
+        model,
+        [
+            media_prompt(model, videos=[(6, 4, 4)]),
+            media_prompt(model, images=[(1, 4, 8)], seed=1),
+            media_prompt(model, videos=[(4, 4, 4)], images=[(1, 4, 4)], seed=2),
+            text_prompt(7, seed=3),
+        ],
+    )
