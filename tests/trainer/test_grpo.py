@@ -214,3 +214,21 @@ def test_without_a_kl_only_the_answers_are_scored_and_the_rewards_are_the_same(c
     )
     for key in lean.figures.keys() & {"igsr_bonus_share", "answer_missing_share", "scre_differs_share"}:
         assert lean.figures[key] == full.figures[key]
+
+
+def test_a_sampler_that_is_another_model_is_reported(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a run, on its first group."""
+    checked = list[rc.SamplerCheck]()
+    check = rc.Scorer.check_sampler
+    monkeypatch.setattr(rc.Scorer, "check_sampler", lambda *a, **k: checked.append(check(*a, **k)))
+    run(clips, slice(None), steps=2)
+    assert [found.agrees for found in checked] == [True]
+    inner = grpo_module.sample
+
+    def warmer(*args: Any, **options: Any) -> Rollout:
+        rollout = inner(*args, **options)
+        return replace(rollout, logp=[x + 0.3 for x in rollout.logp])
+
+    monkeypatch.setattr(grpo_module, "sample", warmer)
+    with pytest.warns(RuntimeWarning, match="does not sample from the model that is scored"):
+        run(clips, slice(None), steps=1)

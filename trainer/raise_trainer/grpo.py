@@ -87,6 +87,7 @@ class Grpo:
         # A reference that is swapped in, or is an adapter, lives in the policy's own modules.
         self.confidant = rc.Scorer(reference.model, max_tokens=method.micro_tokens)
         self.phases = phases or Phases()
+        self._sampler_checked = False
 
     def step(self, prompts: Sequence[Prompt], draws: Tensor, step: int) -> Outcome:
         """Sample, reward, update; `step` counts finished optimiser steps. All processes call it.
@@ -101,6 +102,7 @@ class Grpo:
                 temperature=method.temperature, eos=self.eos, suppress=self.suppress, draws=draws,
                 features=self._features(prompts),
             )  # fmt: skip
+        self._check_sampler(rollout)
         with self.phases("score"), self.reference.active():
             scored = score(rollout, self.confidant, self.tokenizer, method, eos=self.eos) if prompts else None
         advantage = self._advantages(scored, rollout)
@@ -118,6 +120,14 @@ class Grpo:
             sum(float(h.sum()) for h in rollout.entropy), sum(map(len, rollout.completions))
         )
         return Outcome(rollout, scored, advantage, figures | {"entropy": entropy / max(tokens, 1)})
+
+    def _check_sampler(self, rollout: Rollout) -> None:
+        """Once, on the first group: warns when what samples is not the model that is trained."""
+        if self._sampler_checked or not rollout.prompts:
+            return
+        self._sampler_checked = True
+        first = rollout.groups[0]
+        self.policy.check_sampler(rollout.inputs[:1], [first], [rollout.logp[: len(first)]])
 
     @torch.no_grad()
     def _features(self, prompts: Sequence[Prompt]) -> Any:
