@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raise_kernels._checks import DIFFERENTIABLE, LogitMap
+from raise_kernels._checks import DIFFERENTIABLE, LogitMap, Scre
 
 
 class Coefficients(NamedTuple):
@@ -73,6 +73,17 @@ class Engine(NamedTuple):
 
     forward: Callable[[Tensor, Tensor, Tensor | None, LogitMap, tuple[str, ...], int], dict[str, Tensor]]
     backward: Callable[..., Tensor]
+
+
+class SpanEngine(NamedTuple):
+    """One implementation of a number for each span of logp [T], with bounds offsets [S+1].
+
+    forward(logp, offsets, how) -> [S]. backward(grad, out, logp, offsets, how) -> gradient of logp in its
+    dtype; out: what forward gave.
+    """
+
+    forward: Callable[[Tensor, Tensor, Scre], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Scre], Tensor]
 
 
 class LinearGradient(NamedTuple):

@@ -211,6 +211,8 @@ def check_spans(logp: Tensor, offsets: Tensor) -> None:
     if offsets.dim() != 1 or len(offsets) < 1:
         raise ValueError(f"offsets has shape {tuple(offsets.shape)}; give [S + 1]")
     check_bounds(offsets, len(logp))
+    if len(offsets) == 1 and len(logp):
+        raise ValueError(f"offsets names no span, but logp has {len(logp)} tokens; give [S + 1]")
 
 
 def check_bounds(offsets: Tensor, tokens: int) -> None:

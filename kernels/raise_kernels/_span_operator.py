@@ -1,6 +1,11 @@
 """Results of packed spans as PyTorch operators with a gradient, for compiled graphs and fake tensors.
 
-raise_kernels::scre, raise_kernels::span_logp (logp, offsets, eta, lam, first_index, normalize) -> [S]
+    raise_kernels::scre, raise_kernels::span_logp (logp, offsets, eta, lam, first_index, normalize) -> [S]
+    raise_kernels::seen_offsets (offsets, tokens) -> offsets
+
+The first two are Triton kernels. What traces a call has no values of `offsets` to look at: all three look
+where the graph runs, and refuse bounds that do not fit. The definition, which is traced through, reads its
+offsets from the third.
 """
 
 from __future__ import annotations
@@ -11,10 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raise_kernels._checks import Scre, check_spans
+from raise_kernels._backward import SpanEngine
+from raise_kernels._checks import Scre, check_bounds, check_spans
 
 _OPTIONS = "float eta, float lam, int first_index, bool normalize"
-_MODULES = {"scre": "raise_kernels.scre", "span_logp": "raise_kernels.span_logp"}
+NAMES = ("scre", "span_logp")
+
+
+def _engine(name: str) -> SpanEngine:
+    """The Triton module of a name, imported at first use."""
+    engine: SpanEngine = import_module(f"raise_kernels.{name}").ENGINE
+    return engine
 
 
 def _how(options: tuple[Any, ...]) -> Scre:
@@ -26,15 +38,11 @@ def _define(name: str) -> None:
     """The operator of one Triton module, its gradient as another, and what both mean without values."""
 
     def forward(logp: Tensor, offsets: Tensor, *options: Any) -> Tensor:
-        out: Tensor = import_module(_MODULES[name]).forward(logp, offsets, _how(options))
-        return out
+        check_bounds(offsets, len(logp))
+        return _engine(name).forward(logp, offsets, _how(options))
 
     def backward(grad: Tensor, out: Tensor, logp: Tensor, offsets: Tensor, *options: Any) -> Tensor:
-        # Two spans that only the device sees to overlap would write to the same tokens.
-        rising = offsets == offsets.cummax(0).values
-        clean = torch.where(rising, offsets, -1)
-        into: Tensor = import_module(_MODULES[name]).backward(grad, out, logp, clean, _how(options))
-        return into
+        return _engine(name).backward(grad, out, logp, offsets, _how(options))
 
     op = torch.library.custom_op(
         f"raise_kernels::{name}",
@@ -61,8 +69,30 @@ def _define(name: str) -> None:
     op.register_autograd(gradient, setup_context=setup_context)
 
 
-for _name in _MODULES:
+for _name in NAMES:
     _define(_name)
+
+
+@torch.library.custom_op(
+    "raise_kernels::seen_offsets", mutates_args=(), schema="(Tensor offsets, SymInt tokens) -> Tensor"
+)
+def _seen(offsets: Tensor, tokens: int) -> Tensor:
+    check_bounds(offsets, tokens)
+    return offsets.clone()
+
+
+@_seen.register_fake
+def _(offsets: Tensor, tokens: int) -> Tensor:
+    return torch.empty_like(offsets)
+
+
+def seen_offsets(logp: Tensor, offsets: Tensor) -> Tensor:
+    """offsets [S+1] of logp [T]: in a graph that is being traced, what is checked when it runs."""
+    if not torch.compiler.is_compiling():
+        return offsets
+    check_spans(logp, offsets)
+    out: Tensor = torch.ops.raise_kernels.seen_offsets(offsets, len(logp))
+    return out
 
 
 def run(name: str, logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:

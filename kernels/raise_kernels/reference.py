@@ -31,6 +31,7 @@ from raise_kernels._checks import (
     check_stats,
     check_want,
 )
+from raise_kernels.reference_spans import Spans, spans_of
 
 INF = math.inf
 
@@ -179,31 +180,6 @@ def _topk_mean(log_p: Tensor, count: Tensor, topk: int) -> Tensor:
     return torch.where(kept, best, 0.0).sum(-1) / torch.minimum(count, torch.tensor(best.shape[-1]))
 
 
-class Spans(NamedTuple):
-    """Per-token view of packed spans: owning span, position from 0, and span lengths."""
-
-    owner: Tensor  # [T] span of each token
-    position: Tensor  # [T]
-    lengths: Tensor  # [S]
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum of values [T] over each span, [S]; 0 for an empty span."""
-        return values.new_zeros(len(self.lengths)).index_add(0, self.owner, values)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean of values [T] over each span, [S]; 0 for an empty span."""
-        return self.sum(values) / self.lengths.clamp(min=1)
-
-
-def spans_of(offsets: Tensor, tokens: int) -> Spans:
-    """CSR bounds [S+1] of `tokens` packed tokens as per-token indices."""
-    lengths = offsets[1:] - offsets[:-1]
-    t = torch.arange(tokens, device=offsets.device)
-    # The spans that end at or before a token; unlike repeat_interleave this can be traced.
-    owner = torch.searchsorted(offsets[1:].contiguous(), t, right=True)
-    return Spans(owner, t - offsets[owner], lengths)
-
-
 def scre(logp: Tensor, offsets: Tensor, how: Scre = SCRE) -> Tensor:
     """Self-confidence reward of each span, in [0, 1]; 0 for an empty span (Video-RAISE, CVPR 2026).
 
@@ -211,8 +187,9 @@ def scre(logp: Tensor, offsets: Tensor, how: Scre = SCRE) -> Tensor:
         r   = exp(sum_j w_j * logp_j - lam * var(p))
 
     var is the population variance of the probabilities. A token of probability 0 makes the reward 0; a NaN or
-    +inf makes its span NaN. logp [T] in nats, offsets [S+1] -> [S]. Differentiable in logp: the gradient of a
-    span whose reward is 0 or NaN is 0.
+    +inf makes its span NaN, and so do bounds that leave [0, T] or fall, where only a device knows them. logp
+    [T] in nats, offsets [S+1] -> [S]. Differentiable in logp: the gradient of a span whose reward is 0 or NaN
+    is 0.
     """
     check_spans(logp, offsets)
     spans = spans_of(offsets.long(), len(logp))
@@ -236,9 +213,9 @@ def span_logp(logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:
 
 
 def _known(logp: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-    """logp with 0 in the spans that hold a NaN or +inf, and which spans [S] do."""
-    lost = spans.sum((~(logp < INF)).to(logp.dtype)) > 0
-    return torch.where(lost[spans.owner], 0.0, logp), lost
+    """logp with 0 in the spans that hold a NaN or +inf or do not fit, and which spans [S] do."""
+    lost = (spans.sum((~(logp < INF)).to(logp.dtype)) > 0) | ~spans.fits
+    return torch.where(lost[spans.owner] | ~spans.inside, 0.0, logp), lost
 
 
 def _weighted_sum(logp: Tensor, spans: Spans, how: Scre) -> Tensor:
@@ -307,7 +284,7 @@ def igsr_parts(
     logp = wide(logp)
     score = score.to(logp.dtype)
     spans = spans_of(offsets.long(), len(logp))
-    e = mean_nll(logp, spans, how.delta)
+    e = mean_nll(logp, spans, how.delta).masked_fill(~spans.fits, math.nan)
     bad = ~((score >= 0) & (score <= 1)) | ~e.isfinite()
     member = ~bad & (score > 0) & (spans.lengths > 0)
     if among is not None:
@@ -380,11 +357,11 @@ def span_rewards(
     spans = spans_of(offsets.long(), len(logp))
     score = score.to(r.dtype)
     valid = (score >= 0) & (score <= 1)
-    sure = torch.where(spans.lengths > 0, torch.exp(-open_rows.nll), 0.0)
+    sure = torch.where(spans.lengths == 0, 0.0, torch.exp(-open_rows.nll))
     return SpanRewards(
         reward=torch.where(strict, torch.where(valid, score * r, math.nan), open_rows.reward),
         confidence=torch.where(strict, r, sure),
-        variance=probability_variance(wide(logp), spans),
+        variance=probability_variance(wide(logp), spans).masked_fill(~spans.fits, math.nan),
         nll=open_rows.nll,
         bin=open_rows.bin,
         bonus=open_rows.bonus,

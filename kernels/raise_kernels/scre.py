@@ -11,12 +11,15 @@ A span is one lane and walks its tokens one after another, so that its bits do n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from raise_kernels import _span_operator
+from raise_kernels._backward import SpanEngine
 from raise_kernels._checks import SCRE, Scre
 from raise_kernels._tiles import add_token, exp, no_tokens, one_minus_exp, scre_of
 
@@ -97,50 +100,44 @@ def _scre_grad_kernel(
         tl.store(p_grad + lo + j, (up * d).to(p_grad.dtype.element_ty), mask=live)
 
 
-def forward(logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:
-    """SCRE [S] fp32 of logp [T] nats, offsets [S+1]."""
+def launch_forward(kernel: Any, logp: Tensor, offsets: Tensor, *options: Any, normalize: bool) -> Tensor:
+    """[S] fp32 by a kernel of one number a span: logp [T] nats, offsets [S+1]."""
     count = len(offsets) - 1
     out = torch.empty(count, dtype=torch.float32, device=logp.device)
     if count:
-        _scre_kernel[(triton.cdiv(count, SPANS),)](
-            logp,
-            offsets.contiguous(),
-            out,
-            len(logp),
-            count,
-            logp.stride(0),
-            how.eta,
-            how.lam,
-            how.start,
-            NORMALIZE=how.normalize,
-            SPANS=SPANS,
-            num_warps=1,
-        )
+        kernel[(triton.cdiv(count, SPANS),)](
+            logp, offsets.contiguous(), out, len(logp), count, logp.stride(0), *options,
+            NORMALIZE=normalize, SPANS=SPANS, num_warps=1,
+        )  # fmt: skip
     return out
 
 
-def backward(grad: Tensor, out: Tensor, logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:
-    """Gradient of logp [T], in its dtype, from that of the result `out` [S]; offsets [S+1] never fall."""
+def launch_backward(
+    kernel: Any, grad: Tensor, out: Tensor, logp: Tensor, offsets: Tensor, *options: Any, normalize: bool
+) -> Tensor:
+    """Gradient of logp [T], in its dtype, from that of the result `out` [S] of `launch_forward`."""
     into = torch.zeros(len(logp), dtype=logp.dtype, device=logp.device)
     if len(out):
-        _scre_grad_kernel[(triton.cdiv(len(out), SPANS),)](
-            grad,
-            out,
-            logp,
-            offsets.contiguous(),
-            into,
-            len(logp),
-            len(out),
-            logp.stride(0),
-            grad.stride(0),
-            how.eta,
-            how.lam,
-            how.start,
-            NORMALIZE=how.normalize,
-            SPANS=SPANS,
-            num_warps=1,
-        )
+        # Two spans that only the device sees to overlap would write to the same tokens.
+        clean = torch.where(offsets == offsets.cummax(0).values, offsets, -1)
+        kernel[(triton.cdiv(len(out), SPANS),)](
+            grad, out, logp, clean, into, len(logp), len(out), logp.stride(0), grad.stride(0), *options,
+            NORMALIZE=normalize, SPANS=SPANS, num_warps=1,
+        )  # fmt: skip
     return into
+
+
+def _forward(logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:
+    options = how.eta, how.lam, how.start
+    return launch_forward(_scre_kernel, logp, offsets, *options, normalize=how.normalize)
+
+
+def _backward(grad: Tensor, out: Tensor, logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:
+    options = how.eta, how.lam, how.start
+    return launch_backward(_scre_grad_kernel, grad, out, logp, offsets, *options, normalize=how.normalize)
+
+
+ENGINE = SpanEngine(_forward, _backward)
 
 
 def scre(logp: Tensor, offsets: Tensor, how: Scre = SCRE) -> Tensor:

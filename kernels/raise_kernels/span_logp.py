@@ -8,15 +8,15 @@ sum_j w_j * logp_j,    w_j = exp(-eta * j)    d / d logp_j = w_j
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from raise_kernels import _span_operator
+from raise_kernels._backward import SpanEngine
 from raise_kernels._checks import Scre
 from raise_kernels._tiles import add_token, exp, no_tokens
-from raise_kernels.scre import SPANS, bounds
+from raise_kernels.scre import bounds, launch_backward, launch_forward
 
 
 @triton.jit(do_not_specialize=["T", "S", "first"])
@@ -82,48 +82,18 @@ def _span_logp_grad_kernel(
         tl.store(p_grad + lo + j, d.to(p_grad.dtype.element_ty), mask=live)
 
 
-def forward(logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:
-    """Weighted log-probability [S] fp32 of logp [T] nats, offsets [S+1]."""
-    count = len(offsets) - 1
-    out = torch.empty(count, dtype=torch.float32, device=logp.device)
-    if count:
-        _span_logp_kernel[(triton.cdiv(count, SPANS),)](
-            logp,
-            offsets.contiguous(),
-            out,
-            len(logp),
-            count,
-            logp.stride(0),
-            how.eta,
-            how.start,
-            NORMALIZE=how.normalize,
-            SPANS=SPANS,
-            num_warps=1,
-        )
-    return out
+def _forward(logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:
+    return launch_forward(_span_logp_kernel, logp, offsets, how.eta, how.start, normalize=how.normalize)
 
 
-def backward(grad: Tensor, out: Tensor, logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:
-    """Gradient of logp [T], in its dtype, from that of the result `out` [S]; offsets [S+1] never fall."""
-    into = torch.zeros(len(logp), dtype=logp.dtype, device=logp.device)
-    if len(out):
-        _span_logp_grad_kernel[(triton.cdiv(len(out), SPANS),)](
-            grad,
-            out,
-            logp,
-            offsets.contiguous(),
-            into,
-            len(logp),
-            len(out),
-            logp.stride(0),
-            grad.stride(0),
-            how.eta,
-            how.start,
-            NORMALIZE=how.normalize,
-            SPANS=SPANS,
-            num_warps=1,
-        )
-    return into
+def _backward(grad: Tensor, out: Tensor, logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:
+    options = how.eta, how.start
+    return launch_backward(
+        _span_logp_grad_kernel, grad, out, logp, offsets, *options, normalize=how.normalize
+    )
+
+
+ENGINE = SpanEngine(_forward, _backward)
 
 
 def span_logp(logp: Tensor, offsets: Tensor, how: Scre) -> Tensor:

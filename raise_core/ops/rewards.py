@@ -88,7 +88,7 @@ def scre(
     check_tensor("logp", logp)
     if chosen_impl(logp, impl) == "triton":
         return _span_operator.run("scre", logp, offsets, how)
-    return reference.scre(logp, offsets, how)
+    return reference.scre(logp, _span_operator.seen_offsets(logp, offsets), how)
 
 
 def igsr(

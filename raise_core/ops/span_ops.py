@@ -40,4 +40,4 @@ def span_logp(
     check_tensor("logp", logp)
     if chosen_impl(logp, impl) == "triton":
         return _span_operator.run("span_logp", logp, offsets, how)
-    return reference.span_logp(logp, offsets, how)
+    return reference.span_logp(logp, _span_operator.seen_offsets(logp, offsets), how)
