@@ -30,7 +30,6 @@ def matmul(
     *,
     out: Tensor,
     accumulate: bool = False,
-    invariant: bool = True,
     spare: Spare | None = None,
 ) -> Tensor:
     """Write a @ b, or out + a @ b with `accumulate`, to `out` and return it.
@@ -39,9 +38,9 @@ def matmul(
     fp64) with adjacent rows or adjacent columns, sharing no memory with a and b. K = 0 adds nothing. NaN and
     infinities reach the row of a and the column of b that hold them, and nothing else. No gradient.
 
-    `invariant`: the bits of a row do not depend on M in fp32 either, as they never do in bf16 and fp16; False
-    gives fp32 to PyTorch's library. Where `kind` says "torch" or "widened", no bits are promised. The bf16
-    instruction takes subnormal numbers as 0. `spare`: where widened pieces are kept from call to call.
+    The bits of a row do not depend on M where `kind` names a compiled kernel; elsewhere no bits are promised.
+    The bf16 instruction takes subnormal numbers as 0. `spare`: where widened pieces are kept from call to
+    call. With `accumulate` on CUDA, 16-bit operands take a second tensor of the size of `out`.
 
     Raises TypeError for other dtypes, ValueError for shapes, devices and an `out` that do not fit.
     """
@@ -50,13 +49,14 @@ def matmul(
         return out
     if not a.shape[1]:
         return out if accumulate else out.zero_()
-    how = kind(a, invariant=invariant)
+    how = kind(a)
     with torch.no_grad():
         if how == "torch":
             _torch(a, b, out, accumulate)
+        elif how == "out_dtype" and accumulate:
+            out.add_(torch.mm(a, b, out_dtype=torch.float32))
         elif how == "out_dtype":
-            product = torch.mm(a, b, out_dtype=torch.float32)
-            out.add_(product) if accumulate else out.copy_(product)
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
         elif how == "widened":
             _widened(a, b, out, accumulate, spare or Spare())
         elif out.stride(1) == 1 or out.shape[1] == 1:
@@ -94,7 +94,7 @@ def same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def kind(a: Tensor, *, invariant: bool = True) -> str:
+def kind(a: Tensor) -> str:
     """What multiplies matrices of this dtype and device.
 
     "avx512_bf16": the compiled kernel, with the instruction for pairs of bf16. "avx512": the compiled kernel,
@@ -105,7 +105,7 @@ def kind(a: Tensor, *, invariant: bool = True) -> str:
     if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16) and not torch.version.hip:
         return "out_dtype"
     plain = "widened" if a.dtype in (torch.bfloat16, torch.float16) else "torch"
-    if a.device.type != "cpu" or a.dtype not in KINDS or (a.dtype == torch.float32 and not invariant):
+    if a.device.type != "cpu" or a.dtype not in KINDS:
         return plain
     if type(a) not in (Tensor, torch.nn.Parameter):  # one without values, say, has no address to read from
         return plain
