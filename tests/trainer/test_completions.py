@@ -1,18 +1,29 @@
 """completions.jsonl: what is kept of a step, by token; torn and foreign lines."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import raise_core as rc
 from raise_trainer import tiny
-from raise_trainer.completions import prompt_text, read_completions, token_texts, write_completions
+from raise_trainer.completions import (
+    TAIL,
+    Completion,
+    prompt_text,
+    read_completions,
+    show_completions,
+    token_texts,
+    write_completions,
+)
 from raise_trainer.data import Row
 from raise_trainer.errors import UserError
 from raise_trainer.grpo import Outcome
+from raise_trainer.logbook import Logbook
 from raise_trainer.prompts import Prompt
 from raise_trainer.rollout import Rollout
 from raise_trainer.scoring import Scored
@@ -130,3 +141,15 @@ def test_the_lines_are_readable_json(tokenizer: Any, tmp_path: Path) -> None:
     write_completions(tmp_path, 0, outcome(tokenizer, ("<answer>é</answer>",)), tokenizer)
     text = (tmp_path / "completions.jsonl").read_text(encoding="utf-8")
     assert "é" in text and json.loads(text)["answer_missing"] is None
+
+
+def test_the_console_shows_the_end_of_each_completion(tmp_path: Path) -> None:
+    said = io.StringIO()
+    log = Logbook(tmp_path, Console(file=said, width=400))
+    show_completions(log, [])
+    assert said.getvalue() == ""
+    long = Completion(id="a", step=4, text="x" * 300 + "[bold]end", reward=0.5)
+    show_completions(log, [long, Completion(id=2, text="short", text_score=1.0)])
+    shown = said.getvalue()
+    assert "step 5" in shown and "…" + "x" * (TAIL - 9) + "[bold]end" in shown and "0.50" in shown
+    assert "short" in shown and "1.00" in shown and "–" in shown

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr, ValidationError, model_validator
 from torch import Tensor
@@ -12,9 +12,13 @@ from torch import Tensor
 from raise_core.pieces import lay_out
 
 from .errors import UserError
-from .grpo import Outcome
 from .json_lines import append_json_lines, read_json_lines
+from .logbook import Logbook
 
+if TYPE_CHECKING:  # a report reads completions without the trainer
+    from .grpo import Outcome
+
+TAIL = 240  # characters of a completion on the console
 DIGITS = 5  # of what is kept of a log-probability or an entropy, in nats
 
 
@@ -65,7 +69,7 @@ class Completion(BaseModel):
 
 
 def write_completions(
-    folder: Path, step: int, outcome: Outcome, tokenizer: Any, *, most: int = 8
+    folder: Path, step: int, outcome: "Outcome", tokenizer: Any, *, most: int = 8
 ) -> list[Completion]:
     """Append the first `most` completions of a step to `completions.jsonl` in `folder`, and return them.
 
@@ -77,6 +81,19 @@ def write_completions(
     found = [_completion(step, outcome, b, tokenizer) for b in range(len(outcome.rollout.completions))[:most]]
     append_json_lines(folder / "completions.jsonl", [c.model_dump(mode="json") for c in found])
     return found
+
+
+def show_completions(log: Logbook, completions: Sequence[Completion]) -> None:
+    """A table on the console: the end of each completion, where its answer is, and its figures."""
+    if not completions:
+        return
+    rows = []
+    for c in completions:
+        end = c.text if len(c.text) <= TAIL else "…" + c.text[-TAIL:]
+        figures = (c.text_score, c.confidence, c.reward, c.advantage)
+        rows.append([str(c.id), end, *("–" if x is None else f"{x:.2f}" for x in figures)])
+    header = ["row", "completion", "score", "conf.", "reward", "adv."]
+    log.table(f"step {completions[0].step + 1}", header, rows)
 
 
 def read_completions(file: Path) -> Iterator[tuple[int, Completion]]:
@@ -95,7 +112,7 @@ def read_completions(file: Path) -> Iterator[tuple[int, Completion]]:
             ) from None
 
 
-def _completion(step: int, outcome: Outcome, b: int, tokenizer: Any) -> Completion:
+def _completion(step: int, outcome: "Outcome", b: int, tokenizer: Any) -> Completion:
     rollout, scored = outcome.rollout, outcome.scored
     assert scored is not None  # it has completions
     prompt, ids, found = rollout.prompts[rollout.owner[b]], rollout.completions[b], scored.found[b]

@@ -1,25 +1,20 @@
 """`report.html`: one self-contained page of a run, drawn from its records and its held-out answers."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
+from matplotlib import pyplot as plt
 from PIL import Image
 
 from .config import DemoConfig
 from .evaluate import HeldOut
 from .logbook import Logbook
+from .pages import INK, RIGHT, STYLE, WRONG, data_source, render, running_mean, svg
 from .prompts import Prompt
 from .world import task_of
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-INK, RIGHT, WRONG = "#1f3a5f", "#2a7f62", "#c8553d"
 CURVES = (  # metric, title, unit on the axis
     ("reward_mean", "Reward", "mean over completions"),
     ("accuracy", "Accuracy", "share right"),
@@ -29,7 +24,6 @@ CURVES = (  # metric, title, unit on the axis
     ("kl", "KL to the reference", "nats per token"),
 )
 WINDOW = 9  # steps in the running mean drawn over the raw curve
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.hashsalt": "raise-core"}
 
 
 def write_report(
@@ -39,14 +33,12 @@ def write_report(
 
     arms: name -> held-out answers, `eval_samples` per prompt in the order of `prompts`; the baseline first.
     """
-    path = config.out / "report.html"
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("raise_trainer"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     with plt.rc_context(STYLE):
         figures = {"curves": _curves(log.records), "confidence": _confidence(arms)}
     summaries = {name: arm.figures for name, arm in arms.items()}
-    page = environment.get_template("report.html").render(
+    return render(
+        "report.html",
+        config.out / "report.html",
         config=config,
         questions=len(prompts),
         summaries=summaries,
@@ -55,16 +47,6 @@ def write_report(
         figures=figures,
         samples=_samples(config, prompts, arms),
     )
-    path.write_text(page, encoding="utf-8")
-    return path
-
-
-def _svg(figure: Any) -> str:
-    """The drawing as an <img> source, so that the page needs no other file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> str:
@@ -74,17 +56,11 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
         x = [r["step"] + 1 for r in steps]
         y = [r[key] for r in steps]
         axis.plot(x, y, color=INK, alpha=0.25, linewidth=1)
-        axis.plot(x, _running_mean(y), color=INK, linewidth=1.8)
+        axis.plot(x, running_mean(y, WINDOW), color=INK, linewidth=1.8)
         axis.set_title(title, loc="left", fontweight="bold")
         axis.set_ylabel(unit)
         axis.set_xlabel("GRPO step")
-    return _svg(figure)
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
-    half = WINDOW // 2
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(w) / len(w) for w in windows]
+    return svg(figure)
 
 
 def _confidence(arms: Mapping[str, HeldOut]) -> str:
@@ -99,7 +75,7 @@ def _confidence(arms: Mapping[str, HeldOut]) -> str:
         axis.set_xlabel("answer confidence: geometric mean probability of its tokens")
         axis.legend(frameon=False)
     axes[0].set_ylabel("completions")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _samples(
@@ -127,4 +103,4 @@ def _strip(prompt: Prompt) -> str:
     strip = frames.permute(1, 0, 2, 3).flatten(1, 2).numpy()  # [H, F*W, 3]
     buffer = io.BytesIO()
     Image.fromarray(strip).save(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_source(buffer.getvalue(), "png")
