@@ -76,6 +76,37 @@ def _check_data(arguments: Sequence[str]) -> int:
     return 1 if check_data(config, media=given.media, refused=given.refused) else 0
 
 
+def _score(arguments: Sequence[str]) -> int:
+    """rewards of a file of completions under other settings, no training: completions.jsonl config.yaml …"""
+    parser = _settings_parser("score", _score, "completions.jsonl | config.yaml | key=value")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file of the new scores; FILE.scored.jsonl beside the completions' FILE.jsonl",
+    )
+    given = parser.parse_intermixed_args(arguments)
+    files = [one for one in given.settings if Path(one).suffix == ".jsonl" and "=" not in one]
+    if len(files) != 1:
+        raise UserError(f"got {len(files)} files of completions (*.jsonl), wanted 1 before the settings")
+    config = _config([one for one in given.settings if one != files[0]])
+    from .rescore import score_file
+
+    score_file(Path(files[0]), config, out=given.out)
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    """compare runs in one page: curves, settings that differ, time, rows left out, completions by token"""
+    parser = argparse.ArgumentParser(prog="raise-core report", description=_report.__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the `out` folder of a run")
+    parser.add_argument("--out", type=Path, help="the page; report.html in the first run's folder")
+    given = parser.parse_args(arguments)
+    from .run_report import report_runs
+
+    print(f"Report: {report_runs(given.runs, given.out)}")
+    return 0
+
+
 def _doctor(arguments: Sequence[str]) -> int:
     """versions, GPU, kernels and decoders here, what is missing and the command that mends it"""
     argparse.ArgumentParser(prog="raise-core doctor", description=_doctor.__doc__).parse_args(arguments)
@@ -90,19 +121,21 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "sft": _sft,
     "check-data": _check_data,
+    "score": _score,
+    "report": _report,
     "doctor": _doctor,
 }
 
 
-def _settings_parser(name: str, command: Callable[..., int]) -> argparse.ArgumentParser:
+def _settings_parser(
+    name: str, command: Callable[..., int], given: str = "config.yaml | key=value"
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"raise-core {name}",
         description=command.__doc__,
         epilog="raise-core train config.yaml --print-config prints every setting with what it means",
     )
-    parser.add_argument(
-        "settings", nargs="*", metavar="config.yaml | key=value", help="settings, the last wins"
-    )
+    parser.add_argument("settings", nargs="*", metavar=given, help="settings, the last wins")
     return parser
 
 
