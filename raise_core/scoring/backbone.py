@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from raise_core.scoring.packing import Pack
 from raise_core.scoring.prompts import GRIDS, IMAGE, PIXELS, VIDEO, MediaTokens, Prompt
+from raise_core.scoring.sharding import Shards
 from raise_core.scoring.tree_attention import TreeMask, dense_mask
 
 FAMILIES = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}  # whose media are merged here
+T = TypeVar("T")
 LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -75,6 +78,7 @@ class Backbone:
             )
         self.model, self.core = hf, core
         self.decoder = getattr(core, "language_model", core)
+        self._shards = Shards(model, self.decoder)
         self.config = hf.config.get_text_config()
         self.family = hf.config.model_type in FAMILIES
         self.media = _media_tokens(hf.config) if self.family else MediaTokens()
@@ -131,13 +135,17 @@ class Backbone:
         return int(weights // (2 * heads * size))
 
     def head(self) -> Head:
-        """The language head as it is now. Raises TypeError for one that is more than a matrix."""
+        """The language head as it is now. Raises TypeError for one that is more than a matrix.
+
+        Under FSDP2 its weights are gathered, and stay so until the next backward pass.
+        """
         layer = self.model.get_output_embeddings()
         if layer is None or hasattr(layer, "base_layer") or getattr(layer, "weight", None) is None:
             raise TypeError(
                 f"model: its language head is {type(layer).__name__}, wanted a plain linear layer; merge an "
                 "adapter on the head, or leave the head out of the adapter"
             )
+        self._shards.gather_head(layer)
         scaling = getattr(self.config, "logits_scaling", None)
         scale = 1.0 / scaling if scaling else getattr(self.config, "logit_scale", None)
         return Head(
@@ -146,6 +154,10 @@ class Backbone:
             1.0 if scale is None else float(scale),
             getattr(self.config, "final_logit_softcapping", None),
         )
+
+    def forward_pass(self, work: Callable[[], T]) -> T:
+        """`work()`, with the weights of a model under FSDP2 gathered for calls of its parts."""
+        return self._shards.forward_pass(self.model.get_input_embeddings(), work)
 
     def positions(self, prompt: Prompt, length: int) -> Tensor:
         """Rotary positions [R, length] of the prompt and the text that follows; R is 3, or 1 for text models.
@@ -166,9 +178,14 @@ class Backbone:
         found: Tensor = self.core.get_rope_index(ids[None], mm_token_type_ids=kinds[None].int(), **inputs)[0]
         return found[:, 0]
 
-    def vision_features(self, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
-        """Features of each prompt's media, None without any; pixels that several share are encoded once."""
-        got = {kind: self._encode(kind, prompts) for kind in (IMAGE, VIDEO)}
+    def vision_features(
+        self, prompts: Sequence[Prompt], max_tokens: int = 32768
+    ) -> list[VisionFeatures | None]:
+        """Features of each prompt's media, None without any; pixels that several share are encoded once.
+
+        max_tokens: media tokens in one pass of the vision tower, unless one prompt has more.
+        """
+        got = {kind: self._encode(kind, prompts, max_tokens) for kind in (IMAGE, VIDEO)}
         features: list[VisionFeatures | None] = []
         for prompt in prompts:
             levels = [got[k][id(prompt.inputs[PIXELS[k]])] for k in (IMAGE, VIDEO) if prompt.has(k)]
@@ -185,19 +202,28 @@ class Backbone:
             features.append(VisionFeatures(merged[0], tuple(merged[1:])))
         return features
 
-    def _encode(self, kind: int, prompts: Sequence[Prompt]) -> dict[int, list[Tensor]]:
+    def _encode(self, kind: int, prompts: Sequence[Prompt], max_tokens: int) -> dict[int, list[Tensor]]:
         """By identity of the pixels: rows for the embeddings, then for each deep level."""
         inputs = {id(p.inputs[PIXELS[kind]]): p.inputs for p in prompts if p.has(kind)}
-        if not inputs:
-            return {}
-        pixels = torch.cat([i[PIXELS[kind]] for i in inputs.values()]).to(self.device)
-        grids = [torch.as_tensor(i[GRIDS[kind]]) for i in inputs.values()]
+        tokens = [
+            int(torch.as_tensor(i[GRIDS[kind]]).prod(-1).sum()) // self.media.patches for i in inputs.values()
+        ]
+        found: dict[int, list[Tensor]] = {}
+        for piece in _pieces(tokens, max_tokens):
+            keys = list(inputs)[piece]
+            found |= zip(keys, self._encode_piece(kind, [inputs[k] for k in keys]), strict=True)
+        return found
+
+    def _encode_piece(self, kind: int, inputs: Sequence[dict[str, Any]]) -> list[list[Tensor]]:
+        """One pass of the vision tower: for each of these inputs its levels."""
+        self._shards.gather()
+        pixels = torch.cat([i[PIXELS[kind]] for i in inputs]).to(self.device)
+        grids = [torch.as_tensor(i[GRIDS[kind]]) for i in inputs]
         encode = self.core.get_image_features if kind == IMAGE else self.core.get_video_features
         out = encode(pixels, torch.cat(grids).to(self.device))
         media = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
-        counts = [len(g) for g in grids]
-        levels = [_regroup(list(level), counts) for level in media]
-        return {key: [level[i] for level in levels] for i, key in enumerate(inputs)}
+        levels = [_regroup(list(level), [len(g) for g in grids]) for level in media]
+        return [list(own) for own in zip(*levels, strict=True)]
 
     def embed(self, prompt: Prompt, features: VisionFeatures | None) -> Tensor:
         """Input embeddings [L, D] of a prompt, media in their places."""
@@ -226,6 +252,7 @@ class Backbone:
         positions: by prompt, [R, n] with n at least the longest path. The cache is extended.
         jitter: relative noise on the embeddings, to see what roundings of that size come to.
         """
+        self._shards.gather()
         queried = pack.nodes[pack.layout.cached :]
         embeds = [
             self.embed(prompts[n.prompt], features[n.prompt]) if n.ids is None else self.embed_text(n.ids)
@@ -284,6 +311,17 @@ def _window(config: Any) -> int | None:
     if window is None or (layers is not None and "sliding_attention" not in layers):
         return None
     return int(window) if getattr(config, "use_sliding_window", True) else None
+
+
+def _pieces(sizes: Sequence[int], room: int) -> list[slice]:
+    """Runs of neighbours that add up to at most `room`, one of them at least."""
+    cuts, left = list[int](), 0
+    for i, size in enumerate(sizes):
+        if i == 0 or size > left:
+            cuts.append(i)
+            left = room
+        left -= size
+    return [slice(*pair) for pair in pairwise([*cuts, len(sizes)])]
 
 
 def _regroup(media: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:

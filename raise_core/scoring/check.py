@@ -102,19 +102,20 @@ def head_fault(backbone: Backbone, tokens: int = 8, columns: int = 512) -> str |
 
     On a few tokens of text and a few columns of the vocabulary, spread over all of it.
     """
-    head = backbone.head()
-    vocabulary, size = head.weight.shape
+    vocabulary, size = backbone.head().weight.shape
     ids = torch.arange(vocabulary)
     ids = ids[backbone.media.kinds(ids) == 0][:tokens][None].to(backbone.device)
-    some = torch.arange(0, vocabulary, max(vocabulary // columns, 1), device=head.weight.device)
     with evaluation(backbone.model):
         with dtypes_of([backbone.model.get_output_embeddings()]) as seen:
             own = backbone.model(input_ids=ids, use_cache=False).logits[0]
-        hidden = backbone.core(input_ids=ids, use_cache=False).last_hidden_state[0].to(head.weight.device)
+        hidden = backbone.core(input_ids=ids, use_cache=False).last_hidden_state[0]
+        head = backbone.head()  # as it is after those passes, which free a sharded head's weights
         if own.shape[1] != vocabulary:
             return f"its logits have {own.shape[1]} columns, its head {vocabulary}"
         eps = coarsest({own.dtype, hidden.dtype, head.weight.dtype, *seen})
-        own, weight, hidden = own[:, some].double(), head.weight[some].double(), hidden.double()
+        device = head.weight.device
+        some = torch.arange(0, vocabulary, max(vocabulary // columns, 1), device=device)
+        own, weight, hidden = own[:, some].double(), head.weight[some].double(), hidden.to(device).double()
         z = hidden @ weight.T
         reach = hidden.norm(dim=1)[:, None] * weight.norm(dim=1)
         if head.bias is not None:

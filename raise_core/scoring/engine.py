@@ -42,6 +42,10 @@ class Engine:
         """The prompts, checked."""
         return read_prompts(prompts, self.backbone.media)
 
+    def features(self, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
+        """The vision tower's output, by passes of at most max_tokens media tokens."""
+        return self.backbone.vision_features(prompts, self.max_tokens)
+
     def modes(self, planned: Sequence[Tree]) -> list[str]:
         """ "packed", "suffix" or "plain" for each prompt."""
         return [self._mode(tree) for tree in planned]
@@ -54,10 +58,14 @@ class Engine:
     ) -> Tensor:
         """Hidden states [T, D] of everything wanted, by prompt, by branch."""
         modes = self.modes(planned)
-        call = self._call(prompts, planned, modes, features)
-        if self._unchecked:
-            modes = self._check(call, planned, modes)
-        return wanted_rows(call, planned, modes)
+        if features is not None and len(features) != len(prompts):
+            raise ValueError(f"features: got {len(features)}, wanted one for each of {len(prompts)} prompts")
+
+        def rows() -> Tensor:
+            call = self._call(prompts, planned, modes, features)
+            return wanted_rows(call, planned, self._check(call, planned, modes))
+
+        return self.backbone.forward_pass(rows)
 
     def _mode(self, tree: Tree) -> str:
         """How to run one prompt; announces a plain path that was not asked for."""
@@ -96,11 +104,9 @@ class Engine:
         features: Sequence[VisionFeatures | None] | None,
     ) -> Call:
         """Positions of every prompt; features of those that are run in pieces."""
-        if features is not None and len(features) != len(prompts):
-            raise ValueError(f"features: got {len(features)}, wanted one for each of {len(prompts)} prompts")
         merged = [t.index for t, m in zip(planned, modes, strict=True) if t.wanted and self._merged(t, m)]
         if features is None:
-            got = dict(zip(merged, self.backbone.vision_features([prompts[i] for i in merged]), strict=True))
+            got = dict(zip(merged, self.features([prompts[i] for i in merged]), strict=True))
             features = [got.get(i) for i in range(len(prompts))]
         positions = {
             t.index: self.backbone.positions(prompts[t.index], t.longest)

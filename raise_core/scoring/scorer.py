@@ -65,7 +65,8 @@ class Scorer:
     packing: "auto"; "packed": [prompt | c_1 | … | c_G] in one pass; "suffix": the prompt's keys and values
         kept, with gradient, and the completions in passes after it; "plain". What cannot be had as told
         raises ValueError.
-    max_tokens: tokens in one pass, prompt included, unless a prompt and one completion are longer.
+    max_tokens: tokens in one pass, prompt included, unless a prompt and one completion are longer; media
+        tokens in one pass of the vision tower, unless one prompt has more.
     self_check: compare the first group of each kind (text, image, video) with the plain path and the head
         with the model's own logits; a group that disagrees is a RuntimeWarning and the plain path from then
         on, a head that does raises ValueError.
@@ -82,6 +83,12 @@ class Scorer:
     Under autocast the model runs as autocast has it, and the self-check allows that dtype's roundings. The
     head's statistics are fp32 all the same, from the hidden states as they come and the weights as they are
     stored: autocast does not reach them.
+
+    Under FSDP2 a call is a forward pass of the sharded model, and the backward pass reduces all gradients.
+    Wrap the layers, then the whole model; embedding, vision tower and head by themselves if wanted. Weights
+    beside the layers stay gathered until the next backward pass, so `reshard()` before an optimiser step
+    that comes right after scoring. All processes must make equally many passes: as many packs of max_tokens,
+    and the same kinds of prompts in the first call, or self_check=False.
     """
 
     def __init__(
@@ -103,7 +110,8 @@ class Scorer:
 
     def vision_features(self, prompts: Sequence[Mapping[str, Any]]) -> list[VisionFeatures | None]:
         """The vision tower's output for each prompt, None without media; shared pixels are encoded once."""
-        return self._engine.backbone.vision_features(self._engine.read(prompts))
+        read = self._engine.read(prompts)
+        return self._engine.backbone.forward_pass(lambda: self._engine.features(read))
 
     def completion_rows(
         self,

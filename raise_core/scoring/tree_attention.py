@@ -5,6 +5,10 @@ the place of the mask, as a `TreeMask`: PyTorch's own extension point hands the 
 forms an [L, L] matrix and reads a prompt's keys once for all that follow it (`flash_tree`). It is an argument
 of the layers like any mask, so recomputation under gradient checkpointing sees it too, and the model stays as
 it is. Other attention code gets `dense_mask`.
+
+There are no FlashAttention kernels for fp32 on a GPU: there attention goes node by node and copies the
+prompt's keys and values for each branch. With grouped queries transformers repeats keys and values for all H
+heads whenever it is given a mask, so that `attend` sees H heads of each and the repeated ones are in memory.
 """
 
 from __future__ import annotations
@@ -130,9 +134,22 @@ def dense_mask(layout: Layout, dtype: torch.dtype, device: torch.device | str) -
     return mask[None, None, layout.keys - layout.queries :].to(device)
 
 
+# What layers, and the hooks of FSDP2, accelerate and checkpointing, ask any tensor; none of it is a value.
 _READS: set[Any] = {
-    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")
-} | {Tensor.dim, Tensor.size, Tensor.__len__, Tensor.is_floating_point}
+    getattr(Tensor, name).__get__
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "is_cuda",
+        "is_meta",
+        "requires_grad",
+        "is_leaf",
+    )
+} | {Tensor.dim, Tensor.size, Tensor.__len__, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex}
+_READS |= {torch.is_floating_point, torch.is_complex, torch.numel}
 
 
 class MaskRead(ValueError):

@@ -160,6 +160,30 @@ def test_the_vision_tower_runs_once(qwen: Any) -> None:
         scorer.token_stats(prompts, found, features=features[:1])
 
 
+@pytest.mark.parametrize("family", ["Qwen2_5_VL", "Qwen3VL"])
+def test_the_vision_tower_runs_on_at_most_max_tokens(family: str) -> None:
+    """16, 24, 8 + 8 and 4 media tokens, of videos and images; a prompt's own media are never split."""
+    model = vision_model(family)
+    grids = [[(4, 4, 4)], [(6, 4, 4)], [(2, 4, 4), (2, 4, 4)], [(1, 4, 4)]]
+    prompts = [media_prompt(model, own, seed=i) for i, own in enumerate(grids)]
+    prompts.append(media_prompt(model, [(2, 4, 4)], [(1, 4, 8), (1, 4, 4)], seed=4))
+    tokens: list[int] = []
+    hook = model.model.visual.register_forward_pre_hook(lambda _, args: tokens.append(len(args[0]) // 4))
+    twin = copy.deepcopy(model).double()
+    with torch.no_grad():
+        oracle, peer = (rc.Scorer(m).vision_features(prompts) for m in (twin, model))
+        for room, passes in ((20, [12, 16, 24, 20, 8]), (10, [12, 16, 24, 16, 4, 8]), (1000, [12, 68])):
+            tokens.clear()
+            got = rc.Scorer(model, max_tokens=room).vision_features(prompts)
+            assert tokens == passes
+            for g, o, p in zip(got, oracle, peer, strict=True):
+                assert g is not None and o is not None and p is not None
+                levels = zip((g.rows, *g.deep), (o.rows, *o.deep), (p.rows, *p.deep), strict=True)
+                for level, want, fair in levels:
+                    assert_within_error_budget(level, want, fair, name=f"{family} {room}")
+    hook.remove()
+
+
 @pytest.mark.parametrize("build", [lambda: text_model("Llama"), lambda: vision_model("Qwen3VL")])
 def test_bf16_models(build: Any) -> None:
     model = build()
