@@ -277,7 +277,9 @@ class LinearShard:
             h = self._rows(some, rows)
             for start in range(0, at.columns, COLUMNS):
                 block = slice(start, min(start + COLUMNS, at.columns))
-                x = h @ self.weight[block].to(self.dtype).T
+                w = self.weight[block].to(self.dtype)
+                # Into a tensor of its dtype: autocast would round the product, and leaves this one alone.
+                x = torch.mm(h, w.T, out=h.new_empty(len(h), len(w)))
                 yield some, start, x if self.bias is None else x + self.bias[block].to(self.dtype)
 
     def gradient(

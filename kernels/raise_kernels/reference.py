@@ -31,14 +31,10 @@ from raise_kernels._checks import (
     check_stats,
     check_want,
 )
+from raise_kernels.reference_product import linear_logits, wide
 from raise_kernels.reference_spans import Spans, spans_of
 
 INF = math.inf
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in the precision of the arithmetic: float64 stays, everything else becomes float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def transform(x: Tensor, how: LogitMap) -> Tensor:
@@ -100,13 +96,8 @@ def linear_token_stats(
 ) -> dict[str, Tensor]:
     """`token_stats` of the logits hidden @ weight.T + bias. hidden [..., D], weight [V, D], bias [V]."""
     check_linear(hidden, weight, bias, targets, rows)
-    logits = _linear_logits(hidden, weight, bias)
+    logits = linear_logits(hidden, weight, bias)
     return token_stats(logits, targets, rows=rows, how=how, want=want, topk=topk)
-
-
-def _linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = wide(hidden) @ wide(weight).T
-    return logits if bias is None else logits + wide(bias)
 
 
 def candidate_logp(
@@ -133,7 +124,7 @@ def linear_candidate_logp(
     """`candidate_logp` of the logits hidden @ weight.T + bias. hidden [..., D], weight [V, D], bias [V]."""
     check_candidates(candidates, hidden.device)
     check_linear(hidden, weight, bias, candidates[..., 0], rows)
-    return candidate_logp(_linear_logits(hidden, weight, bias), candidates, rows=rows, how=how)
+    return candidate_logp(linear_logits(hidden, weight, bias), candidates, rows=rows, how=how)
 
 
 def _row_stats(

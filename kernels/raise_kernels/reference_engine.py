@@ -13,7 +13,8 @@ from torch import Tensor
 
 from raise_kernels._backward import Coefficients, Engine, LinearEngine, LinearGradient, Normaliser, collect
 from raise_kernels._checks import STATS, LogitMap
-from raise_kernels.reference import token_stats, transform, wide
+from raise_kernels.reference import token_stats, transform
+from raise_kernels.reference_product import linear_logits
 
 
 def _taken(x: Tensor, rows: Tensor | None, live: Tensor) -> Tensor:
@@ -69,8 +70,7 @@ def _linear_forward(
     topk: int,
     memory: int,
 ) -> dict[str, Tensor]:
-    logits = wide(hidden) @ wide(weight).T
-    return _forward(logits if bias is None else logits + wide(bias), y, rows, how, names, topk)
+    return _forward(linear_logits(hidden, weight, bias), y, rows, how, names, topk)
 
 
 @torch.no_grad()
@@ -91,8 +91,7 @@ def _linear_backward(
     assert h is not None and w is not None
     live = torch.stack(weights).ne(0).any(0)
     with torch.enable_grad():
-        logits = wide(_taken(h, rows, live)) @ wide(w).T
-        logits = logits if b is None else logits + wide(b)
+        logits = linear_logits(_taken(h, rows, live), w, b)
     dx = _backward(logits, y, None, norm, weights, how)
     wanted = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
     made = iter(torch.autograd.grad(logits, wanted, dx))

@@ -9,9 +9,11 @@ from dataclasses import fields
 import pytest
 import torch
 
+import raise_core as rc
 from raise_core import ops
 from raise_core.spans import Spans
-from raise_kernels import reference
+from raise_kernels import reference, reference_engine
+from raise_kernels._backward import Normaliser, coefficients
 from raise_kernels._checks import STATS, LogitMap
 from tests.budget import HALF_ULP, assert_exact, assert_within_error_budget
 
@@ -120,6 +122,92 @@ def test_gradient_reaches_the_logits(impl: str) -> None:
     peer = torch.nn.functional.one_hot(y[:2], 20) - torch.softmax(x[:2].detach(), -1)
     assert_within_error_budget(x.grad[:2], expected, peer, name="gradient")
     assert (x.grad[2] == 0).all()
+
+
+STATISTICS = tuple(name for name in STATS if name != "rank")
+
+
+def under_autocast(impl: str, dtype: torch.dtype) -> dict[str, list[torch.Tensor | None]]:
+    """Results of the operations, and their gradients, for the same numbers each time."""
+    torch.manual_seed(5)
+    spans, logits, score, strict = some_spans()
+    hidden, weight, bias = torch.randn(20, 16), torch.randn(90, 16), torch.randn(90)
+    x, h, w, b = (t.to(dtype).requires_grad_() for t in (logits, hidden, weight, bias))
+    y, rows, choices = spans.targets, spans.rows, torch.randint(0, 90, (16, 3))
+    linear = {"bias": b, "rows": rows, "impl": impl}
+    shard = {"first_column": 0, "want": STATS, "target_logit": torch.randn(16), "topk": 3, "impl": impl}
+
+    def every(stats: ops.TokenStats, names: tuple[str, ...] = STATISTICS) -> torch.Tensor:
+        return torch.stack([getattr(stats, name) for name in names])
+
+    differentiable = {
+        "token_stats": lambda: every(ops.token_stats(x, y, rows=rows, want=STATISTICS, impl=impl)),
+        "linear_token_stats": lambda: every(ops.linear_token_stats(h, w, y, want=STATISTICS, **linear)),
+        "candidates": lambda: ops.candidate_logp(choices, logits=x, rows=rows, impl=impl),
+        "linear candidates": lambda: ops.candidate_logp(choices, hidden=h, weight=w, **linear),
+        "scre": lambda: ops.scre(x[:, 0] - 9, torch.tensor([0, 5, 20]), impl=impl),
+        "span_logp": lambda: ops.span_logp(x[:, 0], torch.tensor([0, 5, 20]), impl=impl),
+        "linear_policy_loss": lambda: (
+            rc.linear_policy_loss(
+                h, w, y, None, torch.ones(1), torch.tensor([0, 16]), num_tokens=16, num_sequences=1, **linear
+            ).loss
+        ),
+    }
+    rest = {
+        "partial": lambda: ops.partial_token_stats(x, y, rows=rows, **shard).values,
+        "linear partial": lambda: ops.partial_linear_token_stats(
+            h, w, y, bias=b, rows=rows, **shard
+        ).values,
+        "rank": lambda: every(ops.linear_token_stats(h, w, y, want=("rank",), **linear), ("rank",)),
+        "rewards": lambda: ops.confidence_rewards(
+            spans, score, strict, hidden=h, weight=w, bias=b, impl=impl
+        ).parts["logp"],
+        "loss without a gradient": lambda: rc.linear_policy_loss(
+            h.detach(), w.detach(), y, None, torch.ones(1), torch.tensor([0, 16]), num_tokens=16,
+            num_sequences=1, rows=rows, impl=impl,
+        ).logp,
+    }  # fmt: skip
+    out: dict[str, list[torch.Tensor | None]] = {}
+    for name, run in (differentiable | rest).items():
+        value = run()
+        assert value is not None
+        out[name] = [value.detach()]
+        if name in differentiable:
+            up = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view(value.shape)
+            out[name] += torch.autograd.grad(value, (x, h, w, b), up, allow_unused=True)
+    return out
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_bit(impl: str, dtype: torch.dtype) -> None:
+    """An operation says itself what its precision is; autocast narrows neither it nor its gradient."""
+    outside = under_autocast(impl, dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = under_autocast(impl, dtype)
+    for name, values in outside.items():
+        for k, (want, got) in enumerate(zip(values, inside[name], strict=True)):
+            assert (want is None) == (got is None)
+            if want is not None and got is not None:
+                assert_exact(got, want, name=f"{name} {k}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_bit_of_a_shard_s_gradient(dtype: torch.dtype) -> None:
+    """What each process of `parallel_linear_token_stats` computes of its own, by impl="reference"."""
+    h, w, b = torch.randn(5, 8).to(dtype), torch.randn(30, 8).to(dtype), torch.randn(30).to(dtype)
+    y, some = torch.arange(5), torch.randn(5)
+    engine = reference_engine.LINEAR_ENGINE
+    made = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            stats = engine.forward(h, w, b, y, None, LogitMap(), ("top", "max_logp"), 1, 1)
+            norm = Normaliser(stats["top"], stats["max_logp"])
+            weights = coefficients({"logp": some}, norm, None, None, y >= 0)
+            every = engine.backward(h, w, b, y, None, norm, weights, LogitMap(), (True,) * 3, 1)
+            made.append([*stats.values(), *every])
+    for k, (want, got) in enumerate(zip(*made, strict=True)):
+        assert_exact(got, want, name=str(k))
 
 
 def test_chosen_impl() -> None:
