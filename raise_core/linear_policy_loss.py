@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from raise_core.ops.impl import chosen_impl
-from raise_core.ops.loss import Gradients, LogitMap, check_linear, loss_and_gradient
-from raise_core.ops.stats import check_memory, run_linear_stats
+from raise_core.ops.loss import Gradients, LogitMap, check_linear, check_memory, loss_and_gradient
+from raise_core.ops.stats import run_linear_stats
 from raise_core.policy_loss import Kind, KlEstimator, PolicyLoss, PolicyStep, check_policy, policy_step
 
 Function = TypeVar("Function", bound=Callable[..., Any])

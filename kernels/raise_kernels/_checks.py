@@ -90,6 +90,12 @@ def check_whole(name: str, value: object, otherwise: str | None = None) -> None:
         raise ValueError(f"{name} is {value}; give at least 1{way_out}")
 
 
+def check_memory(memory: int | None) -> None:
+    """Refuse bytes of scratch that are not a whole number of at least 1, or None for the default."""
+    if memory is not None:
+        check_whole("memory", memory, "None for the default number of bytes")
+
+
 def check_rate(name: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
     """Refuse a scalar option that is not a finite number in [low, high]."""
     _real(name, value)

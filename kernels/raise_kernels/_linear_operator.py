@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from raise_kernels._backward import LinearEngine, Normaliser, coefficients
-from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap, check_linear, check_want, check_whole
+from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap, check_linear, check_memory, check_want
+from raise_kernels._maps import wide_dtype
 from raise_kernels._operator import logit_map, with_what_the_gradient_needs
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor y, Tensor? rows"
@@ -36,12 +37,12 @@ def linear_engine(name: str) -> LinearEngine:
     return engine
 
 
-def check_memory(memory: int | None, hidden: Tensor, on_cpu: int) -> int:
+def scratch_bytes(memory: int | None, hidden: Tensor, on_cpu: int) -> int:
     """The bytes of scratch that a call may allocate: `on_cpu` there when the caller names none."""
-    if memory is None:
-        return on_cpu if hidden.device.type == "cpu" else MEMORY_ELSEWHERE
-    check_whole("memory", memory, "None for the default number of bytes")
-    return memory
+    check_memory(memory)
+    if memory is not None:
+        return memory
+    return on_cpu if hidden.device.type == "cpu" else MEMORY_ELSEWHERE
 
 
 @torch.library.custom_op(
@@ -93,7 +94,7 @@ def _backward(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rows: Tensor | None, *options: Any
 ) -> Tensor:
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(hidden)
     return hidden.new_empty((options[5].count(",") + 1, y.shape[0]), dtype=wide)
 
 
@@ -143,7 +144,7 @@ def linear_token_stats(
         raise ValueError(f'hidden is on {hidden.device}; impl="native" runs on the CPU, use impl="triton"')
     if topk < 1:
         raise ValueError(f"topk is {topk}; give at least 1")
-    memory = check_memory(memory, hidden, MEMORY_CPU)
+    memory = scratch_bytes(memory, hidden, MEMORY_CPU)
     differentiable = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (hidden, weight, bias)
     )

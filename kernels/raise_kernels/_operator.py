@@ -17,6 +17,7 @@ from torch import Tensor
 from raise_kernels._backward import Coefficients, Engine, Normaliser, coefficients
 from raise_kernels._checks import DIFFERENTIABLE, PLAIN, LogitMap, check_stats, check_want
 from raise_kernels._inplace import OverLogits, check_inplace
+from raise_kernels._maps import wide_dtype
 
 _OPTIONS = (
     "float temperature, float logit_scale, float? softcap, int? valid_vocab, int ignore_index, "
@@ -95,7 +96,7 @@ def _constants(grad: Tensor, stats: Tensor, names: str, scored: Tensor) -> tuple
 
 @_forward.register_fake
 def _(logits: Tensor, y: Tensor, rows: Tensor | None, *options: Any) -> Tensor:
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(logits)
     return logits.new_empty((options[5].count(",") + 1, y.shape[0]), dtype=wide)
 
 

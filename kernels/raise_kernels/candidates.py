@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raise_kernels._backward import Coefficients, Normaliser
 from raise_kernels._checks import PLAIN, LogitMap, check_candidates, check_stats
+from raise_kernels._maps import to_z, wide_dtype
 from raise_kernels._operator import check_engine, logit_map, logits_engine
 
 _INPUTS = "Tensor logits, Tensor candidates, Tensor? rows"
@@ -39,16 +40,10 @@ def settled(logp: Tensor, candidates: Tensor, columns: int, how: LogitMap) -> Te
     return logp.masked_fill(~inside, math.nan).masked_fill(candidates == how.ignore_index, 0.0)
 
 
-def to_z(x: Tensor, how: LogitMap) -> Tensor:
-    """Logits, or dot products with the head, as z; -inf stays -inf."""
-    a, b = how.factors
-    return a * x if how.softcap is None else torch.where(x == -math.inf, x, b * torch.tanh(a * x))
-
-
 def _mapped(x: Tensor, how: LogitMap, engine: str) -> Tensor:
     """Gathered logits [T, K] as z, with the bits that an engine gives them in their row."""
     if how.softcap is None:
-        return to_z(x.double() if x.dtype == torch.float64 else x.float(), how)
+        return to_z(x.to(wide_dtype(x)), how)
     y = torch.zeros(x.numel(), dtype=torch.int64, device=x.device)
     alone = replace(how, valid_vocab=None, ignore_index=UNSCORED)
     return logits_engine(engine).forward(x.reshape(-1, 1), y, None, alone, ("top",), 1)["top"].view(x.shape)
@@ -109,7 +104,7 @@ def _backward(
 
 @_forward.register_fake
 def _(logits: Tensor, candidates: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(logits)
     shapes = (candidates.shape, (2, candidates.shape[0]))
     return logits.new_empty(shapes[0], dtype=wide), logits.new_empty(shapes[1], dtype=wide)
 

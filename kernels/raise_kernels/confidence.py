@@ -35,7 +35,7 @@ from raise_kernels._checks import (
     check_stats,
     on_host,
 )
-from raise_kernels._linear_operator import MEMORY_CPU, check_memory
+from raise_kernels._linear_operator import MEMORY_CPU, scratch_bytes
 from raise_kernels._tiles import add_token, finish, merge_partials, no_tokens, scre_of, settle
 from raise_kernels.linear_stats import linear_stats_forward, partial_bytes, partial_linear_stats
 from raise_kernels.token_stats import Partials, partial_stats
@@ -390,7 +390,7 @@ def _from_hidden(
     hidden, weight, bias = source
     check_linear(hidden, weight, bias, targets, rows)
     y, n = targets.long(), rows.long()
-    memory = check_memory(memory, hidden, MEMORY_CPU)
+    memory = scratch_bytes(memory, hidden, MEMORY_CPU)
     if partial_bytes(len(y), how.columns(len(weight)), 0) > memory:
         return linear_stats_forward(hidden, weight, bias, y, n, how, ("logp",), 1, memory)["logp"], None
     logp = torch.empty(len(y), dtype=torch.float32, device=y.device)

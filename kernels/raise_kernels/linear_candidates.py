@@ -15,20 +15,17 @@ import torch
 from torch import Tensor
 
 from raise_kernels._checks import LogitMap, check_candidates, check_linear
-from raise_kernels._linear_operator import MEMORY_CPU, check_memory, linear_engine, linear_token_stats
-from raise_kernels.candidates import any_target, row_numbers, settled, to_z
+from raise_kernels._linear_operator import MEMORY_CPU, linear_engine, linear_token_stats, scratch_bytes
+from raise_kernels._maps import to_z, wide_dtype
+from raise_kernels.candidates import any_target, row_numbers, settled
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor chosen, Tensor n"
 _OPTIONS = "int memory, str engine"
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _at_once(memory: int, x: Tensor) -> int:
     """Rows [D] that are gathered at one time: each exists up to four times in the wide dtype."""
-    return max(1, memory // (4 * x.shape[-1] * _wide(x).itemsize))
+    return max(1, memory // (4 * x.shape[-1] * wide_dtype(x).itemsize))
 
 
 @torch.library.custom_op(
@@ -39,7 +36,7 @@ def _at_once(memory: int, x: Tensor) -> int:
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, n: Tensor, *options: Any
 ) -> Tensor:
-    h, wide = hidden.reshape(-1, hidden.shape[-1]), _wide(hidden)
+    h, wide = hidden.reshape(-1, hidden.shape[-1]), wide_dtype(hidden)
     c = chosen.view(-1)
     out = torch.zeros(len(c), dtype=wide, device=hidden.device)
     row_of = n.repeat_interleave(chosen.shape[1])
@@ -130,7 +127,7 @@ def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 @_forward.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, *_: Any) -> Tensor:
-    return hidden.new_empty(chosen.shape, dtype=_wide(hidden))
+    return hidden.new_empty(chosen.shape, dtype=wide_dtype(hidden))
 
 
 @_backward.register_fake
@@ -171,7 +168,7 @@ def linear_candidate_logp(
     """
     check_candidates(candidates, hidden.device)
     check_linear(hidden, weight, bias, candidates[..., 0], rows)
-    memory = check_memory(memory, hidden, MEMORY_CPU)
+    memory = scratch_bytes(memory, hidden, MEMORY_CPU)
     flat = candidates.reshape(-1, candidates.shape[-1]).long()
     y, plain = any_target(flat, how)
     n = row_numbers(rows, y)

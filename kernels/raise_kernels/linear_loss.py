@@ -15,9 +15,9 @@ from torch import Tensor
 from raise_kernels._backward import LinearGradient, Normaliser, coefficients
 from raise_kernels._checks import LogitMap, check_linear
 from raise_kernels._gemm import matmul, matmul_rounded, same_dtype
-from raise_kernels._linear_operator import check_memory, linear_engine
+from raise_kernels._linear_operator import linear_engine, scratch_bytes
+from raise_kernels._maps import wide_dtype
 from raise_kernels._operator import logits_engine
-from raise_kernels.linear_native import wide_dtype
 
 # Bytes of scratch on the CPU when the caller names none: at V = 151936, tiles of 138 rows in fp32.
 MEMORY_CPU = 80 << 20
@@ -48,7 +48,7 @@ def loss_and_gradient(
     accumulate_fp32 in an fp32 buffer [V, D], rounded once.
     """
     check_linear(hidden, weight, bias, targets, rows)
-    memory = check_memory(memory, hidden, MEMORY_CPU)
+    memory = scratch_bytes(memory, hidden, MEMORY_CPU)
     run = logits_engine(engine)
     vocab, wide = how.columns(len(weight)), wide_dtype(hidden)
     flat, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()

@@ -18,17 +18,13 @@ from torch import Tensor
 from raise_kernels._backward import Coefficients, LinearEngine, LinearGradient, Normaliser, collect
 from raise_kernels._checks import LogitMap
 from raise_kernels._gemm import matmul, matmul_rounded, same_dtype
+from raise_kernels._maps import to_z, wide_dtype
 from raise_kernels._spare import Spare
 from raise_kernels.merge import merge_parts, part_names
 from raise_kernels.native import stats_backward, stats_forward
 
 COLUMNS = 8192  # of a block of the forward; a constant, since the bits of a row depend on where blocks end
 MOST_ROWS = 512  # of a tile of the forward; more make no product faster
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic: float64 stays, everything else becomes float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def block_logits(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, spare: Spare | None) -> Tensor:
@@ -62,11 +58,6 @@ def _plain(how: LogitMap) -> LogitMap:
     return LogitMap(
         temperature=how.temperature, logit_scale=how.logit_scale, softcap=how.softcap, ignore_index=-1
     )
-
-
-def _to_z(x: Tensor, how: LogitMap) -> Tensor:
-    a, b = how.factors
-    return a * x if how.softcap is None else torch.where(x == -math.inf, x, b * torch.tanh(a * x))
 
 
 def linear_forward(
@@ -140,7 +131,7 @@ def _tile_stats(
         [name for name in merged if name != "topk_logp_mean"],
     )
     if "topk_logp_mean" in names:
-        z = _to_z(best, how)
+        z = to_z(best, how)
         log_p = (z - z[:, :1]) + joined["max_logp"][:, None]
         kept = best > -math.inf
         mean = torch.where(kept, log_p, 0.0).sum(-1) / kept.sum(-1)

@@ -18,6 +18,7 @@ from torch import Tensor
 from raise_kernels._backward import Coefficients, Engine, LinearEngine, Normaliser
 from raise_kernels._checks import LogitMap
 from raise_kernels._layout import block_rows
+from raise_kernels._maps import wide_dtype
 from raise_kernels.merge import merge_parts, part_names
 
 NOBODY = -1  # local target of a token that is not scored
@@ -121,20 +122,20 @@ def _looked_at(
             above = x > limit[some, None]
             if at.how.softcap is not None:
                 # What saturates is equal.
-                above &= _to_z(x, at.how) > _to_z(limit[some, None], at.how)
+                above &= _to_z64(x, at.how) > _to_z64(limit[some, None], at.how)
             own = (at.y[some] - start).clamp(0, x.shape[1] - 1)
             itself = above.gather(1, own[:, None])[:, 0] & at.owner[some] & (at.y[some] - start == own)
             rank[some] += above.sum(-1) - itself.long()
         if topk:
             best[some] = torch.cat([best[some], x], -1).topk(topk).values
-    z = _to_z(best, at.how)
+    z = _to_z64(best, at.how)
     # Below the largest: rounded to fp32, z itself would lose what its size costs.
     below = torch.where(best > -math.inf, z - z[:, :1], -math.inf)
     out = {f"best{k}": column for k, column in enumerate(below.unbind(1))}
     return out if limit is None else out | {"rank": rank}
 
 
-def _to_z(x: Tensor, how: LogitMap) -> Tensor:
+def _to_z64(x: Tensor, how: LogitMap) -> Tensor:
     """z of raw logits as float64: a product rounded as engines round it, a softcap not rounded at all.
 
     Rounded to fp32, what a vector loop and its end make of a float64 tanh is the same.
@@ -191,7 +192,7 @@ class LogitShard:
     @property
     def dtype(self) -> torch.dtype:
         """Of the statistics."""
-        return _wide(self.logits)
+        return wide_dtype(self.logits)
 
     def stats(self, at: Place, rows: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Every name [T] of an engine, of the shard's columns alone."""
@@ -249,7 +250,7 @@ class LinearShard:
     @property
     def dtype(self) -> torch.dtype:
         """Of the statistics."""
-        return _wide(self.hidden)
+        return wide_dtype(self.hidden)
 
     def stats(self, at: Place, rows: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Every name [T] of an engine, of the shard's columns alone."""
@@ -295,7 +296,3 @@ class LinearShard:
         return self.engine.backward(
             hidden, weight, bias, at.y, rows, norm, weights, at.how, tuple(needs), self.memory
         )
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

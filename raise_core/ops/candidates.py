@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from raise_core.ops.impl import chosen_impl
-from raise_core.ops.stats import check_memory
 from raise_kernels import candidates as engine
 from raise_kernels import linear_candidates, reference
-from raise_kernels._checks import LogitMap, check_tensor
+from raise_kernels._checks import LogitMap, check_memory, check_tensor
 
 
 def candidate_logp(

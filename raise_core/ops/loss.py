@@ -11,6 +11,7 @@ from raise_kernels import linear_loss, reference
 from raise_kernels._checks import LogitMap as LogitMap
 from raise_kernels._checks import check_bounds as check_bounds
 from raise_kernels._checks import check_linear as check_linear
+from raise_kernels._checks import check_memory as check_memory
 from raise_kernels._checks import check_tensor as check_tensor
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from raise_core.ops.partial import Make, check_first, check_topk, linear_shards, logit_map, logit_shards
+from raise_core.ops.partial import Make, check_first, check_topk, linear_shards, logit_shards
 from raise_core.ops.stats import TokenStats, linear_token_stats, token_stats
 from raise_kernels._backward import Normaliser, coefficients
 from raise_kernels._checks import DIFFERENTIABLE, LogitMap, check_linear, check_stats, check_want
@@ -57,7 +57,13 @@ def parallel_token_stats(
     process must compute the same loss from the result, and gets the gradient of its own columns. A group of
     one process runs `token_stats`. Raises ValueError without an initialised process group.
     """
-    how = logit_map(temperature, logit_scale, softcap, valid_vocab, ignore_index)
+    how = LogitMap(
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        valid_vocab=valid_vocab,
+        ignore_index=ignore_index,
+    )
     check_stats(logits_shard, targets, rows, "logits_shard")
     if _group_size(process_group) == 1:
         _check_alone(first_column)
@@ -97,7 +103,13 @@ def parallel_linear_token_stats(
     all-reduce, in fp32 from shares that were rounded to the dtype of hidden; so every process needs it, or
     none, and all of them run the backward pass. A group of one process runs `linear_token_stats`.
     """
-    how = logit_map(temperature, logit_scale, softcap, valid_vocab, ignore_index)
+    how = LogitMap(
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        valid_vocab=valid_vocab,
+        ignore_index=ignore_index,
+    )
     check_linear(hidden, weight_shard, bias, targets, rows, "weight_shard")
     if _group_size(process_group) == 1:
         _check_alone(first_column)

@@ -17,7 +17,7 @@ from raise_core.ops.stats import TokenStats
 from raise_kernels import reference_engine
 from raise_kernels._backward import Engine, LinearEngine
 from raise_kernels._checks import LogitMap, check_linear, check_stats, check_want, check_whole
-from raise_kernels._linear_operator import MEMORY_CPU, check_memory, linear_engine
+from raise_kernels._linear_operator import MEMORY_CPU, linear_engine, scratch_bytes
 from raise_kernels._operator import logits_engine
 from raise_kernels.parallel import (
     LinearShard,
@@ -75,7 +75,13 @@ def partial_token_stats(
     scale and softcap; shape of targets), from the shard that holds it; rank and topk_logp_mean (any impl)
     read the logits twice. No gradient: `parallel_token_stats` has one. Other arguments as in `token_stats`.
     """
-    how = logit_map(temperature, logit_scale, softcap, valid_vocab, ignore_index)
+    how = LogitMap(
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        valid_vocab=valid_vocab,
+        ignore_index=ignore_index,
+    )
     check_stats(logits_shard, targets, rows, "logits_shard")
     make = logit_shards(logits_shard, impl)
     return _partial(make(logits_shard), targets, rows, first_column, how, want, topk, target_logit)
@@ -107,7 +113,13 @@ def partial_linear_token_stats(
     * weight[y]).sum(-1) + bias[y] in fp32. rank and topk_logp_mean make the product a second time. Other
     arguments as in `linear_token_stats`.
     """
-    how = logit_map(temperature, logit_scale, softcap, valid_vocab, ignore_index)
+    how = LogitMap(
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        valid_vocab=valid_vocab,
+        ignore_index=ignore_index,
+    )
     check_linear(hidden, weight_shard, bias, targets, rows, "weight_shard")
     make = linear_shards(hidden, memory, impl)
     shard = make(hidden, weight_shard, bias)
@@ -180,23 +192,6 @@ def _partial(
     )
 
 
-def logit_map(
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    valid_vocab: int | None,
-    ignore_index: int,
-) -> LogitMap:
-    """The scalar options of a call as one object."""
-    return LogitMap(
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        valid_vocab=valid_vocab,
-        ignore_index=ignore_index,
-    )
-
-
 def logit_shards(logits: Tensor, impl: str) -> Make:
     """What makes shards of logits like these, by a chosen implementation."""
     chosen = chosen_impl(logits, impl)
@@ -210,7 +205,7 @@ def linear_shards(hidden: Tensor, memory: int | None, impl: str) -> Make:
     chosen = chosen_impl(hidden, impl)
     _check_dtype("hidden", hidden, chosen)
     engine: LinearEngine = reference_engine.LINEAR_ENGINE if chosen == "reference" else linear_engine(chosen)
-    return partial(LinearShard, engine, check_memory(memory, hidden, MEMORY_CPU))
+    return partial(LinearShard, engine, scratch_bytes(memory, hidden, MEMORY_CPU))
 
 
 def _check_dtype(name: str, x: Tensor, impl: str) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from raise_core.ops import reward_operator
 from raise_core.ops.impl import chosen_impl
-from raise_core.ops.stats import check_memory
 from raise_kernels import _span_operator, reference
 from raise_kernels._checks import (
     Igsr,
     LogitMap,
     Scre,
     check_linear,
+    check_memory,
     check_per_span,
     check_spans,
     check_stats,

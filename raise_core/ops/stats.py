@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raise_core.ops.impl import chosen_impl
 from raise_kernels import _linear_operator, _operator, reference
-from raise_kernels._checks import LogitMap, check_tensor, check_whole
+from raise_kernels._checks import LogitMap, check_memory, check_tensor, check_whole
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,6 @@ def linear_token_stats(
     chosen = chosen_impl(hidden, impl)
     stats = run_linear_stats(hidden, weight, targets, bias, rows, how, want, topk, memory, chosen)
     return TokenStats(**stats)
-
-
-def check_memory(memory: int | None) -> None:
-    """Refuse bytes of scratch that are not a whole number of at least 1."""
-    if memory is not None:
-        check_whole("memory", memory, "None for the default number of bytes")
 
 
 def run_linear_stats(
