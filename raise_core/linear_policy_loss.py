@@ -89,7 +89,7 @@ def linear_policy_loss(
     hidden [..., D] with one target a row, or rows [T] naming the row of each of the T targets; weight [V, D],
     bias [V]. logp_old None: the policy is the one that sampled, and its own log-probabilities are the old
     ones (ratio 1). `PolicyLoss.logp` holds the T log-probabilities in nats, [T] whatever the shape of
-    targets, without a gradient.
+    targets, without a gradient; on a GPU its bits depend on the tiles, and on allow_tf32 in fp32.
 
     The gradient of hidden, weight and bias is computed here, while the tiles of logits exist, and is handed
     on by backward(): once. Without a tensor that needs a gradient, or under no_grad, none is made. With

@@ -4,7 +4,7 @@
 
 Two launches: one program per (block of rows, vocabulary split) makes its logits tile by tile on the tensor
 cores and reduces each tile at once to the numbers of `_tiles`; `token_stats.merge` joins the splits. Rank
-needs a launch before them, for the logits of the targets. The number of splits depends on the vocabulary
+and varentropy have a launch before them, for the logits of the targets. The number of splits depends on the vocabulary
 only, and a row is summed alike wherever it stands in a block: it has the same bits alone and in any batch.
 """
 
@@ -326,7 +326,7 @@ def partial_linear_stats(
     """First launch for all T rows at once: what `token_stats.merge` and the span rewards join in the second.
 
     hidden [..., D] and weight [V, D] fp32, bf16 or fp16 with any strides, never copied; bias [V] of any float
-    dtype; y, rows [T] int64, T at least 1. Makes fields x splits x T fp32 numbers, at most 153 splits.
+    dtype; y, rows [T] int64, T at least 1. Makes fields x splits x T fp32 numbers, at most 152 splits.
     """
     call = _prepare(hidden, weight, bias, how, level)
     return _reduce(call, y.contiguous(), None if rows is None else rows.contiguous(), 0)
