@@ -4,8 +4,9 @@
 
 Two launches: one program per (block of rows, vocabulary split) makes its logits tile by tile on the tensor
 cores and reduces each tile at once to the numbers of `_tiles`; `token_stats.merge` joins the splits. Rank
-and varentropy have a launch before them, for the logits of the targets. The number of splits depends on the vocabulary
-only, and a row is summed alike wherever it stands in a block: it has the same bits alone and in any batch.
+and varentropy have a launch before them, for the logits of the targets. The number of splits depends on the
+vocabulary only, and a row is summed alike wherever it stands in a block: it has the same bits alone and in
+any batch.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"

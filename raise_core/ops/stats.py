@@ -47,7 +47,7 @@ def token_stats(
     inplace_gradient: bool = False,
     impl: str = "auto",
 ) -> TokenStats:
-    """Statistics of softmax(z) for each scored row, from one read of the logits; topk_logp_mean takes another.
+    """Statistics of softmax(z) for each scored row, from one read of the logits (topk_logp_mean: one more).
 
         z = softcap * tanh(logit_scale * logits / softcap) / temperature         (no tanh without a softcap)
         logp = z[y] - lse      entropy = -sum p log p      self_certainty = lse - mean z - log V'      (nats)
