@@ -91,8 +91,8 @@ def show_completions(log: Logbook, completions: Sequence[Completion]) -> None:
     for c in completions:
         end = c.text if len(c.text) <= TAIL else "…" + c.text[-TAIL:]
         figures = (c.text_score, c.confidence, c.reward, c.advantage)
-        rows.append([str(c.id), end, *("–" if x is None else f"{x:.2f}" for x in figures)])
-    header = ["row", "completion", "score", "conf.", "reward", "adv."]
+        rows.append([end, str(c.id), *("–" if x is None else f"{x:.2f}" for x in figures)])
+    header = ["completion", "row", "score", "conf.", "reward", "adv."]
     log.table(f"step {completions[0].step + 1}", header, rows)
 
 

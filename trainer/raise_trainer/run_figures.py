@@ -46,9 +46,7 @@ def curves(runs: Sequence[RunFiles]) -> str | None:
         return None
     with plt.rc_context(STYLE):
         rows = math.ceil(panels / 3)
-        figure, axes = plt.subplots(
-            rows, 3, figsize=(10, 2.3 * rows), layout="constrained", squeeze=False, sharex=True
-        )
+        figure, axes = plt.subplots(rows, 3, figsize=(10, 2.3 * rows), layout="constrained", squeeze=False)
         for axis in axes.flat[panels:]:
             axis.set_visible(False)
         for axis, (key, title, unit) in zip(axes.flat, drawn, strict=False):
@@ -61,8 +59,10 @@ def curves(runs: Sequence[RunFiles]) -> str | None:
             for number, run in enumerate(runs):
                 colour, dash = style(number)
                 axis.plot(*run.evaluation(), color=colour, linestyle=dash, marker="o", markersize=4)
+        last = max(line["step"] + 1 for run in runs for line in (*run.training, *run.evaluations))
+        for axis in axes.flat[:panels]:
+            axis.set_xlim(1 - last * 0.03, last * 1.03 + 0.01)
         for axis in axes.flat[max(panels - 3, 0) : panels]:
-            axis.tick_params(labelbottom=True)
             axis.set_xlabel("step")
         return svg(figure)
 

@@ -79,7 +79,8 @@ def _costs(runs: Sequence[RunFiles]) -> dict[str, Any]:
     for name in dict.fromkeys(name for by in rates.values() for name in by):
         shown = name.replace("_per_s", "/s").replace("_", " ")
         rows.append((shown, [f"{by[name]:.1f}" if name in by else "–" for by in rates.values()]))
-    rows.append(("peak memory", ["–" if p is None else f"{p:.2f} GiB" for p in peaks.values()]))
+    if any(p is not None for p in peaks.values()):
+        rows.append(("peak memory", ["–" if p is None else f"{p:.2f} GiB" for p in peaks.values()]))
     return {"runs": list(phases), "rows": rows}
 
 
