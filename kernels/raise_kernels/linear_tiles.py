@@ -90,8 +90,8 @@ SINGLES = {
     for name in ("sm_80", "sm_90", "sm_100")
 } | {"gfx942": dict.fromkeys(HALVES["gfx942"], Tile(64, 64, 32, 4, 2, 64))}
 # A tile of level 2 that is reduced in one piece stores a register: fp32 on sm_100, mixed dtypes on sm_90.
-for _name in ("sm_90", "sm_100"):
-    SINGLES[_name]["level 2"] = Tile(64, 64, 16, 8, 2, 32)
+SINGLES["sm_90"]["level 2"] = Tile(64, 64, 16, 8, 2, 16)
+SINGLES["sm_100"]["level 2"] = Tile(64, 64, 16, 8, 2, 32)
 
 
 @triton.jit
