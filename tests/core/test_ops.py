@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 
 import pytest
@@ -208,6 +209,31 @@ def test_autocast_changes_no_bit_of_a_shard_s_gradient(dtype: torch.dtype) -> No
             made.append([*stats.values(), *every])
     for k, (want, got) in enumerate(zip(*made, strict=True)):
         assert_exact(got, want, name=str(k))
+
+
+@pytest.mark.parametrize("impl", ["native", "triton"])
+@pytest.mark.parametrize("name", ["linear_token_stats", "candidate_logp", "from hidden", "scre", "span_logp"])
+def test_exported(impl: str, name: str) -> None:
+    """A graph of torch.export gives the bits of the call."""
+    choices, offsets = torch.randint(0, 30, (5, 3)), torch.tensor([0, 2, 2, 5])
+    calls: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]] = {
+        "linear_token_stats": lambda h, w: ops.linear_token_stats(h, w, choices[:, 0], impl=impl).logp,
+        "candidate_logp": lambda h, w: ops.candidate_logp(choices, logits=h @ w.T, impl=impl),
+        "from hidden": lambda h, w: ops.candidate_logp(choices, hidden=h, weight=w, impl=impl),
+        "scre": lambda h, w: ops.scre(-h[:, 0].abs(), offsets, impl=impl),
+        "span_logp": lambda h, w: ops.span_logp(-h[:, 0].abs(), offsets, impl=impl),
+    }
+
+    class Model(torch.nn.Module):
+        def forward(self, h: torch.Tensor, w: torch.Tensor) -> torch.Tensor | None:
+            return calls[name](h, w)
+
+    inputs = torch.randn(5, 8), torch.randn(30, 8)
+    exported = torch.export.export(Model(), inputs)
+    assert "torch.ops.raise_kernels." in str(exported)
+    want = Model()(*inputs)
+    assert want is not None
+    assert_exact(exported.module()(*inputs), want, name=name)
 
 
 def test_chosen_impl() -> None:
