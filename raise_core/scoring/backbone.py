@@ -156,8 +156,15 @@ class Backbone:
         )
 
     def forward_pass(self, work: Callable[[], T]) -> T:
-        """`work()`, with the weights of a model under FSDP2 gathered for calls of its parts."""
-        return self._shards.forward_pass(self.model.get_input_embeddings(), work)
+        """`work()`, with the weights of a model under FSDP2 gathered for calls of its parts.
+
+        Without gradient it leaves no weights that autocast has cast: under FSDP2 a later pass with gradient
+        would take them and lose the weights' gradients.
+        """
+        result = self._shards.forward_pass(self.model.get_input_embeddings(), work)
+        if not torch.is_grad_enabled():
+            torch.clear_autocast_cache()
+        return result
 
     def positions(self, prompt: Prompt, length: int) -> Tensor:
         """Rotary positions [R, length] of the prompt and the text that follows; R is 3, or 1 for text models.

@@ -30,7 +30,10 @@ SLACK = 2.0  # both passes round
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradient; every module's mode is as before afterwards."""
+    """No dropout and no gradient; every module's mode is as before afterwards.
+
+    Weights that autocast has cast meanwhile are dropped: a pass with gradient must not meet casts without.
+    """
     modes = [(m, m.training) for m in model.modules()]
     try:
         for module, _ in modes:
@@ -40,6 +43,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        torch.clear_autocast_cache()
 
 
 @contextmanager

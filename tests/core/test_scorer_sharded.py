@@ -137,6 +137,23 @@ def check_mixed_precision() -> None:
         assert_same(got, oracle, {name: g.float() for name, g in peer.items()}, f"bf16 {parts}")
 
 
+def check_autocast() -> None:
+    """The self-check and scoring have no gradient: what autocast cast for them must not be used again."""
+    model, prompts, found = build("Llama")
+    oracle = plain_step(copy.deepcopy(model).double(), prompts, found)
+    peer = plain_step(copy.deepcopy(model).bfloat16(), prompts, found)
+    for scored in (False, True):
+        net = shard(copy.deepcopy(model), "layers root")
+        scorer = rc.Scorer(net, self_check=not scored)
+        with torch.autocast("cpu", torch.bfloat16):
+            if scored:
+                with torch.no_grad():
+                    scorer.token_stats(prompts, found)
+            loss = step(scorer, prompts, found)
+        loss.backward()
+        assert_same(gradients(net), oracle, {name: g.float() for name, g in peer.items()}, "autocast")
+
+
 def check_refused() -> None:
     for parts, match in (
         ("layers inner", "decoder under fully_shard together with its embedding.*wrapped first"),
@@ -163,6 +180,7 @@ def work(rank: int, folder: str) -> None:
         for wrap in WRAPS:
             check_wrap(*wrap)
         check_mixed_precision()
+        check_autocast()
         check_refused()
     finally:
         dist.destroy_process_group()
