@@ -11,6 +11,7 @@ from rich.console import Console
 
 import raise_core as rc
 from raise_trainer import tiny
+from raise_trainer.checkpoints import truncate_log
 from raise_trainer.completions import (
     TAIL,
     Completion,
@@ -89,6 +90,14 @@ def test_only_so_many_are_kept_and_lines_add_up(tokenizer: Any, tmp_path: Path) 
     assert write_completions(tmp_path, 4, nothing, tokenizer) == []
     with pytest.raises(ValueError, match="most: got -1"):
         write_completions(tmp_path, 0, made, tokenizer, most=-1)
+
+
+def test_a_resumed_run_cuts_them_like_its_metrics(tokenizer: Any, tmp_path: Path) -> None:
+    for step in (0, 10, 20):
+        write_completions(tmp_path, step, outcome(tokenizer), tokenizer)
+    file = tmp_path / "completions.jsonl"
+    assert truncate_log(file, 15) == 2
+    assert [c.step for _, c in read_completions(file)] == [0, 0, 10, 10]
 
 
 def test_a_torn_last_line_is_left_out(tokenizer: Any, tmp_path: Path) -> None:
