@@ -75,6 +75,13 @@ def about(quick: bool) -> Record:
     }
 
 
+def append(file: Path, records: Sequence[Record]) -> None:
+    """Records at the end of a file of JSON lines."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(record) + "\n" for record in records)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run, record, print; exit status 1 under --check when something falls short, or without TRL."""
     parser = argparse.ArgumentParser(
@@ -96,6 +103,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     torch.set_num_threads(options.threads)
     common, records = about(options.quick), []
+    out = options.out or (None if options.quick else RESULTS / "loop.jsonl")
     counted = {"skipped": 1, "steps": 2} if options.quick else {"skipped": SKIPPED, "steps": options.steps}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -108,11 +116,9 @@ def main(arguments: Sequence[str]) -> int:
             return 1
         quieten()
         for shape in QUICK if options.quick else FULL:
-            records += [common | record for record in measure(shape, **counted)]
-    out = options.out or (None if options.quick else RESULTS / "loop.jsonl")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            made = [common | record for record in measure(shape, **counted)]
+            if out is not None:  # at once: a run that is stopped keeps the shapes it has finished
+                append(out, made)
+            records += made
     print(table(records))
     return int(options.check and not all(verdict.ok for verdict in verdicts(records)))
