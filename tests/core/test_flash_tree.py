@@ -114,7 +114,7 @@ def test_each_key_is_read_by_one_call_for_all_that_follow_it() -> None:
 )
 def test_other_orders_are_refused(lengths: Any, parents: Any, cached: int) -> None:
     """Descendants must be one run of rows: anything else would attend to the wrong keys."""
-    with pytest.raises(ValueError, match="depth-first order|wanted none or one prompt"):
+    with pytest.raises(ValueError, match=r"depth-first order|wanted none or one prompt"):
         plan(lengths, parents, cached)
 
 

@@ -244,7 +244,7 @@ def test_a_missing_package_is_named(kind: str, module: str, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, module, None)
     for loader in (graders._rouge, graders._word_error_rate):
         loader.cache_clear()
-    with pytest.raises(ImportError, match=r"pip install 'raise-core\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[train\]'"):
         verify(kind, tagged("a"), "a")
     assert verify("numerical", tagged("3"), "3") == 1.0
 

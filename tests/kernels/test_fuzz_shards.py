@@ -120,7 +120,19 @@ def test_candidates_hidden(engine: str, data: st.DataObject, case: linear_cases.
             slope = next(made)
             assert slope.dtype == leaf.dtype and slope.shape == leaf.shape
             name = f"{engine} gradient of {case._fields[k]}"
-            assert_within_error_budget(slope, wants[k], worst[k], name=name)
+            peer_slope = worst[k]
+            if leaf.dtype in (torch.float16, torch.bfloat16):
+                peer_slope = no_better_than(peer_slope, wants[k], rounded_parts(case, up, k))
+            assert_within_error_budget(slope, wants[k], peer_slope, name=name)
+
+
+def rounded_parts(case: linear_cases.Case, up: Tensor, leaf: int) -> float:
+    """What a 16-bit gradient may lose: its parts, of the logit and of the normaliser, are rounded apart."""
+    slope = abs(case.how.logit_scale) / case.how.temperature
+    other = (case.weight, case.hidden, None)[leaf]
+    size = 1.0 if other is None else float(other.detach().double().nan_to_num(posinf=0, neginf=0).abs().max())
+    reach = float(up.detach().double().nan_to_num(posinf=0, neginf=0).abs().sum())
+    return 2 * half_ulp(case.hidden.dtype) * slope * reach * size
 
 
 def judge_merged(

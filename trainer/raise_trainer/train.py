@@ -15,6 +15,7 @@ from . import ranks
 from .checkpoints import Checkpoints, StepGuard, TrainingState, graceful_stop, truncate_log
 from .checkpoints.ranks import share
 from .checkpoints.stopping import Stop
+from .completions import write_completions
 from .errors import UserError
 from .feed import Feed
 from .grpo import Grpo, Phases
@@ -27,6 +28,9 @@ from .prompts import target_ids
 from .rollout import draws
 from .train_config import FREE, TrainConfig, as_yaml
 from .update import sft_step
+
+COMPLETIONS_EVERY = 10  # optimiser steps between completions that are kept
+LOGS = ("metrics.jsonl", "completions.jsonl")  # cut where a resumed run goes on
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Run:
             self.state,
             self.state.step,
             metric if step == self.state.step else None,
-            logs=[self.log.out / "metrics.jsonl"],
+            logs=[path for name in LOGS if (path := self.log.out / name).exists()],
         )
 
     def evaluate(self) -> None:
@@ -116,7 +120,8 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
         best = "max" if config.eval_data else None
         checkpoints = Checkpoints(log.out / "checkpoints", keep_best=best, say=log.say)
         resumed = checkpoints.resume(state, may_change=FREE)
-        share(lambda: truncate_log(log.out / "metrics.jsonl", state.step))
+        for name in LOGS:
+            share(partial(truncate_log, log.out / name, state.step))
         if resumed is not None:
             log.say(f"goes on after step {resumed.step} from {resumed.path}")
         stop = stack.enter_context(graceful_stop())
@@ -155,6 +160,8 @@ def run_train(config: TrainConfig) -> Path:
                 made = grpo.step(
                     prompts, draws(config.seed, places, config.group_size, config.max_new_tokens), step
                 )
+                if not run.log.silent and (step == 0 or _due(step, step + config.updates, COMPLETIONS_EVERY)):
+                    write_completions(run.log.out, step, made, policy.tokenizer)
                 _report(run, stage, phases, step, made.figures, config.updates)
         return run.log.out
 
