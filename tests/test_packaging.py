@@ -225,7 +225,7 @@ def test_make_installs_once_until_setup_changes(machine: Path) -> None:
     assert installs("demo") == []
 
 
-KERNELS = "python -m raise_kernels.aot --quick"
+KERNELS = "python -m raise_kernels.aot --quick --jobs 2"
 
 
 @pytest.mark.parametrize(
