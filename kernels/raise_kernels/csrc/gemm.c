@@ -1,11 +1,9 @@
 /* c [m, n] fp32 (+)= a [m, k] @ b [k, n], of bf16, fp16 or fp32, with any strides of a and b.
- *
  * a and b are packed to panels of 32-bit lanes: a lane for each row of a or column of b, at each step of k.
  * A step is a pair of bf16 (vdpbf16ps) or one fp32; beyond loading and that instruction the dtypes share all.
  * An element of c is the sum of blocks of STEPS steps, a block the sum of chains of CHAIN steps, in order
  * and each from zero: its bits depend neither on other rows and columns nor on the number of threads.
- * Short chains round less than long ones.
- */
+ * Short chains round less than long ones. */
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -53,8 +51,6 @@ static int bytes(int kind) { return kind == FP32 ? 4 : 2; }
 
 /* The first `count` of 16. */
 static __mmask16 first_of(i64 count) { return _cvtu32_mask16(count >= 16 ? 0xffff : (1u << count) - 1); }
-
-/* ---- packing ---- */
 
 /* 16 adjacent elements, a lane each: those in the mask, else 0. A BF16 goes to the low half of its lane. */
 INLINE __m512i widened(int kind, const void *p, __mmask16 mask) {
@@ -202,8 +198,6 @@ INLINE void pack_kind(int kind, int width, lane *to, const source *x, i64 first,
   }
 PACK(pack_a, ROWS)
 PACK(pack_b, WIDTH)
-
-/* ---- product ---- */
 
 INLINE __m512 dot(int paired, __m512 sum, lane a, __m512i b) {
   __m512i all = _mm512_set1_epi32((int)a);
