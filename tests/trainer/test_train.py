@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raise_trainer import tiny
 from raise_trainer.checkpoints import ResumeRefused
@@ -32,6 +34,15 @@ SMALL: dict[str, Any] = {
     "frames": 8, "max_pixels": 56 * 56, "gradient_checkpointing": False, "freeze_vision": False,
     "save_every": 2, "lr": 1e-3, "workers": 0,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Here and in child processes alike: sums of other threads are rounded in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +84,13 @@ def start(settings: TrainConfig, *launcher: str) -> subprocess.Popen[str]:
     program = settings.out.with_suffix(".py")
     program.write_text(CHILD)
     command = [sys.executable, *launcher, str(program), str(file)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def wait_for(file: Path, child: subprocess.Popen[str], count: int) -> None:
