@@ -140,8 +140,10 @@ def test_a_signal_saves_and_ends_well(world: Path, whole: Path, tmp_path: Path) 
 def test_changed_settings_or_data_are_refused(world: Path, tmp_path: Path) -> None:
     settings = config(world, tmp_path / "run", steps=1)
     run_train(settings)
+    kept = (tmp_path / "run/config.yaml").read_text()
     with pytest.raises(ResumeRefused, match="group_size"):
         run_train(config(world, tmp_path / "run", steps=1, group_size=4))
+    assert (tmp_path / "run/config.yaml").read_text() == kept, "a refused run has changed the settings"
     other = tmp_path / "other.json"
     other.write_text(json.dumps(json.loads((world / "data/train.json").read_text())[:-1]))
     with pytest.raises(ResumeRefused, match="data"):
@@ -177,6 +179,16 @@ def test_what_cannot_be_used_is_left_out_by_name(world: Path, tmp_path: Path) ->
     assert sum(row["ratio_mean"] > 0 for row in rows if "ratio_mean" in row) >= 2
     with pytest.raises(UserError, match=r"lost|broken|solution"):
         run_train(config(world, tmp_path / "strict", data=data, steps=3, on_bad_media="fail"))
+
+
+def test_weights_trained_in_bfloat16_are_warned_of(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At small learning rates AdamW's steps vanish there; adapters are fp32 and are not."""
+    run_train(config(world, tmp_path / "full", steps=1, dtype="bfloat16"))
+    assert "lost in rounding" in " ".join(capsys.readouterr().out.split())
+    run_train(config(world, tmp_path / "lora", steps=1, dtype="bfloat16", lora_rank=2))
+    assert "lost in rounding" not in " ".join(capsys.readouterr().out.split())
 
 
 def test_evaluation_keeps_the_best_checkpoint(world: Path, tmp_path: Path) -> None:

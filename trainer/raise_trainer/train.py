@@ -97,12 +97,17 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
 
     processes = PartialState()
     device = processes.device
-    log = Logbook(share(lambda: _folder(config, kind)), silent=ranks.rank() > 0)
+    log = Logbook(share(lambda: _folder(config)), silent=ranks.rank() > 0)
     torch.manual_seed(config.seed)
     with ExitStack() as stack:
         policy = load_policy(config, device)
         reference = reference_of(policy.model, config) if with_reference else None
         trained = [p for p in policy.model.parameters() if p.requires_grad]
+        if any(p.dtype == torch.bfloat16 for p in trained):
+            log.say(
+                f"warning: weights are trained in bfloat16, where a step of AdamW (lr {config.lr:g}) is lost in "
+                "rounding unless it moves a weight by 1 part in 512; set dtype=float32, or a lora_rank"
+            )
         optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
         check = (lambda row: None) if with_reference else partial(target_ids, tokenizer=policy.tokenizer)
         feed = stack.enter_context(Feed.open(config, policy, log, check))
@@ -120,6 +125,7 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
         best = "max" if config.eval_data else None
         checkpoints = Checkpoints(log.out / "checkpoints", keep_best=best, say=log.say)
         resumed = checkpoints.resume(state, may_change=FREE)
+        share(lambda: _write_settings(config, kind))  # a refused run leaves the settings of the one before
         for name in LOGS:
             share(partial(truncate_log, log.out / name, state.step))
         if resumed is not None:
@@ -132,17 +138,29 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
         )
 
 
-def _folder(config: TrainConfig, kind: str) -> Path:
-    """The run's folder with its settings. UserError when it holds something that is no such run."""
-    out, settings = config.out, config.out / "config.yaml"
+OWN = ("config.yaml", "checkpoints", "metrics.jsonl", "timings.jsonl", "quarantine.jsonl")
+
+
+def _folder(config: TrainConfig) -> Path:
+    """The run's folder. UserError when it holds something that is no run, or cannot be written."""
+    out = config.out
     try:
-        if out.is_dir() and any(out.iterdir()) and not settings.exists():
+        if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in OWN):
             raise UserError(f"out {out}: holds something that is no run; name another folder")
         out.mkdir(parents=True, exist_ok=True)
-        settings.write_text(f"# raise-core {kind}\n{as_yaml(config)}", encoding="utf-8")
     except OSError as error:
         raise UserError(f"out {out}: cannot be written ({error.strerror}); name another folder") from None
     return out
+
+
+def _write_settings(config: TrainConfig, kind: str) -> None:
+    try:
+        text = f"# raise-core {kind}\n{as_yaml(config)}"
+        (config.out / "config.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"out {config.out}: cannot be written ({error.strerror}); name another folder"
+        ) from None
 
 
 def run_train(config: TrainConfig) -> Path:
