@@ -38,13 +38,13 @@ def mean(figures: Mapping[str, float], weight: float) -> dict[str, float]:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all processes in place; one that is missing counts as 0."""
-    if size() == 1:
-        return
+    """Add up the gradients of all processes in place; a missing one counts as 0, also for one process."""
     bucket, filled = list[torch.Tensor](), 0
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+        if size() == 1:
+            continue
         if bucket and (filled + p.numel() > BUCKET or p.dtype != bucket[0].dtype):
             _sum(bucket)
             bucket, filled = [], 0

@@ -105,8 +105,8 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         if any(p.dtype == torch.bfloat16 for p in trained):
             log.say(
-                f"warning: weights are trained in bfloat16, where a step of AdamW (lr {config.lr:g}) is lost in "
-                "rounding unless it moves a weight by 1 part in 512; set dtype=float32, or a lora_rank"
+                f"warning: weights are trained in bfloat16; steps of AdamW (lr {config.lr:g}) are lost in "
+                "rounding unless they move a weight by 1 part in 512; set dtype=float32, or a lora_rank"
             )
         optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
         check = (lambda row: None) if with_reference else partial(target_ids, tokenizer=policy.tokenizer)
