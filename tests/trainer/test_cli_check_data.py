@@ -56,7 +56,7 @@ def config(root: Path, **change: Any) -> TrainConfig:
     return check(
         {
             "model": str(root / "model"), "data": root / "train.json", "eval_data": root / "eval.jsonl",
-            "out": root / "run", "workers": 0, "frames": 4, "max_pixels": 56 * 56, "max_new_tokens": 16,
+            "out": root / "run", "workers": 0, "frames": 4, "pixels": 56 * 56, "max_new_tokens": 16,
         } | change
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Every example loads, is used by a command of the README that parses, and its parts can be made."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -39,9 +40,8 @@ def test_the_examples_of_the_project_are_there() -> None:
 def test_an_example_loads_and_every_part_of_it_can_be_made(file: Path) -> None:
     config = load(file)
     written = yaml.safe_load(file.read_text())
-    kept = config.model_dump(mode="json")
+    assert load(None, [f"{k}={json.dumps(v)}" for k, v in written.items()]) == config
     for name, value in written.items():
-        assert kept[name] == value, name
         assert name in (
             "model",
             "data",
@@ -52,7 +52,7 @@ def test_an_example_loads_and_every_part_of_it_can_be_made(file: Path) -> None:
             "frames",
             "lr",
         ) or (value != TrainConfig.model_fields[name].default), f"{name} says what is the default anyway"
-    assert load_template(config.template).text and config.sampling().count(1000, 30.0) <= config.frames
+    assert load_template(config.template).text and 2 <= config.sampling().count(1000, 30.0) <= 64
     assert len(RowSampler(100, per_step=config.prompts, seed=config.seed).take()) == config.prompts
 
 

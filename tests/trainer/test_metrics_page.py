@@ -19,7 +19,7 @@ from raise_trainer.train_config import check
 PAGE = Path(__file__).resolve().parents[2] / "docs/metrics.md"
 SMALL: dict[str, Any] = {
     "dtype": "float32", "template": "plain", "steps": 1, "prompts": 2, "group_size": 2, "max_new_tokens": 6,
-    "frames": 8, "max_pixels": 56 * 56, "gradient_checkpointing": False, "lr": 1e-3, "workers": 0,
+    "frames": 8, "pixels": 56 * 56, "gradient_checkpointing": False, "lr": 1e-3, "workers": 0,
     "mask_truncated": False, "kl": 0.04,
 }  # fmt: skip
 SOMETIMES = {"skipped"}  # not in a line unless an update was

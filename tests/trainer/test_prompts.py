@@ -139,7 +139,7 @@ def test_times_are_right_above_two_frames_a_second(root: Path, family: str) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pixels_of_frames_and_images_are_bounded(root: Path, family: str) -> None:
-    settings = check({"model": "m", "data": "d", "out": "o", "frames": 4, "max_pixels": 128 * 128})
+    settings = check({"model": "m", "data": "d", "out": "o", "frames": 4, "pixels": 128 * 128})
     builder = PromptBuilder.configured(processor(family), settings, max_length=4000)
     patch = 16 if family == "Qwen3VL" else 14
     grid = builder(row(root, "image", "large.png")).inputs["image_grid_thw"][0]
@@ -151,7 +151,9 @@ def test_pixels_of_frames_and_images_are_bounded(root: Path, family: str) -> Non
 def test_settings_sample_by_count_or_by_rate() -> None:
     base = {"model": "m", "data": "d", "out": "o", "frames": 6}
     count = PromptBuilder.configured(processor("Qwen2VL"), check(base), max_length=9).sampling
-    rate = PromptBuilder.configured(processor("Qwen2VL"), check(base | {"fps": 2}), max_length=9).sampling
+    rate = PromptBuilder.configured(
+        processor("Qwen2VL"), check(base | {"frames": {"fps": 2, "max": 6}}), max_length=9
+    ).sampling
     assert count.count(100, 10.0) == 6 and rate.count(100, 10.0) == 6
     assert count.count(20, 10.0) == 6 and rate.count(20, 10.0) == 4
 

@@ -80,7 +80,7 @@ LINES = [{"id": i, "text": t, "reward": n / 8} for i, some in TEXTS.items() for 
     [
         {},
         {"reward": "accuracy"},
-        {"confidence_share": 0.5, "format_weight": 0.25, "igsr_variant": "balanced", "prompts": 1},
+        {"confidence_share": 0.5, "bonus": {"format": 0.25}, "reward": "scre-igsr-balanced", "prompts": 1},
     ],
     ids=["scre-igsr", "accuracy", "mixed"],
 )

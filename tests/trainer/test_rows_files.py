@@ -151,8 +151,8 @@ def test_files_are_one_sequence_with_their_own_roots_and_routes(tmp_path: Path) 
     assert len(source) == 3 and [source.where(i)[1] for i in range(3)] == [0, 1, 0]
     assert [source[i].path for i in range(3)] == [None, tmp_path / "v.mp4", tmp_path / "b/v.mp4"]
     assert [source[i].route for i in range(3)] == ["igsr", "igsr", "scre"]
-    below = RowSource.open(files, tmp_path / "elsewhere")
-    assert below[2].path == tmp_path / "elsewhere/v.mp4"
+    elsewhere = RowSource.open([DataFile(path=tmp_path / "b/b.json", root=tmp_path)])
+    assert elsewhere[0].path == tmp_path / "v.mp4"
 
 
 def test_no_row_at_all_is_refused(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ CHILD = (
 )
 SMALL: dict[str, Any] = {
     "dtype": "float32", "template": "plain", "steps": 6, "prompts": 3, "group_size": 3, "max_new_tokens": 28,
-    "frames": 8, "max_pixels": 56 * 56, "gradient_checkpointing": False, "freeze_vision": False,
+    "frames": 8, "pixels": 56 * 56, "gradient_checkpointing": False, "freeze_vision": False,
     "save_every": 2, "lr": 1e-3, "workers": 0,
 }  # fmt: skip
 
@@ -214,7 +214,7 @@ def test_evaluation_keeps_the_best_checkpoint(world: Path, tmp_path: Path) -> No
         {"lora_rank": 4, "reference": "ema"},
         {"reference": "frozen", "kl": 0.04, "updates": 2, "clip": [0.2, 0.28], "loss": "grpo"},
         {"reference": "policy", "reward": "accuracy", "scale": "batch", "gradient_checkpointing": True},
-        {"confidence_share": 0.5, "format_weight": 0.1, "igsr_variant": "balanced", "temperature": 0.9,
+        {"confidence_share": 0.5, "bonus": {"format": 0.1}, "reward": "scre-igsr-balanced", "temperature": 0.9,
          "mask_truncated": False, "micro_tokens": 200, "loss": "dapo", "freeze_vision": True},
     ],
     ids=["lora", "clipped updates", "accuracy", "mixed"],

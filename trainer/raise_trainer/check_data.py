@@ -56,7 +56,7 @@ class _Check:
                 yield _missing(row.path)
             return
         requests = [
-            Request(row.path, self.sampling, "video" if row.data_type == "video" else "image")
+            Request(row.path, row.sampling or self.sampling, "video" if row.data_type == "video" else "image")
             for row in rows
             if row.path is not None
         ]
@@ -83,9 +83,9 @@ def check_data(config: TrainConfig, *, media: Media, refused: Path, console: Con
     """
     console = console or Console(highlight=False)
     load_template(config.template)
-    sources = {"data": RowSource.open(config.data, config.data_root)}
+    sources = {"data": RowSource.open(config.data, config.sampling)}
     if config.eval_data:
-        sources["eval_data"] = RowSource.open(config.eval_data, config.data_root)
+        sources["eval_data"] = RowSource.open(config.eval_data, config.sampling)
     counts: Counter[tuple[str, ...]] = Counter()
     bad: list[dict[str, Any]] = []
     with ExitStack() as stack:

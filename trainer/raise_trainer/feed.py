@@ -38,6 +38,7 @@ class Feed:
     ) -> None:
         self.source, self.sampler, self.builder = source, sampler, builder
         self.loader, self.quarantine, self.check = loader, quarantine, check
+        self._taken: tuple[list[int], list[int]] = [], []
 
     @classmethod
     @contextmanager
@@ -45,7 +46,7 @@ class Feed:
         cls, config: TrainConfig, policy: Policy, log: Logbook, check: Check = lambda row: None
     ) -> Iterator["Feed"]:
         """The feed of a run; its decoding processes end with it."""
-        source = RowSource.open(config.data, config.data_root)
+        source = RowSource.open(config.data, config.sampling)
         sampler = RowSampler(
             len(source), per_step=config.prompts, seed=config.seed, rank=ranks.rank(), world=ranks.size()
         )
@@ -70,13 +71,16 @@ class Feed:
         """Rows that could not be used so far, in this process."""
         return len(self.quarantine)
 
-    def take(self, step: int) -> tuple[list[tuple[int, int]], list[Prompt]]:
+    def take(
+        self, step: int, count: int | None = None, *, first: int = 0
+    ) -> tuple[list[tuple[int, int]], list[Prompt]]:
         """This process's prompts of a step, each with its place (step, index among the step's prompts).
 
-        What cannot be used is listed in the quarantine file with its id and reason, or stops the run; nothing
+        count: rows over all processes, which take the same; a step's worth when not given. first: how many
+        the step has had before, so that no two of its prompts have one place. What cannot be used is listed in the quarantine file with its id and reason, or stops the run; nothing
         takes its place. Raises UserError beyond the error budget.
         """
-        numbers = self.sampler.take()
+        numbers = self.sampler.take(count)
         rows = [self._row(number) for number in numbers]
         ids = [self._id(number, row) for number, row in zip(numbers, rows, strict=True)]
         self.quarantine.saw(ids)
@@ -84,14 +88,20 @@ class Feed:
         places, prompts = list[tuple[int, int]](), list[Prompt]()
         for i, (name, row) in enumerate(zip(ids, rows, strict=True)):
             found = next(made) if isinstance(row, Row) else row
+            self._taken[not isinstance(found, Prompt)].append(numbers[i])
             if isinstance(found, Prompt):
-                places.append((step, i * ranks.size() + ranks.rank()))
+                places.append((step, first + i * ranks.size() + ranks.rank()))
                 prompts.append(found)
             else:
                 bad_file = row.path if isinstance(row, Row) and isinstance(found, BadMedia) else None
                 self.quarantine.add(name, bad_file, found)
         self.loader.prefetch(self._requests())
         return places, prompts
+
+    def drain(self) -> tuple[list[int], list[int]]:
+        """Numbers of the rows taken since the last call, in this process: those used, those left out."""
+        taken, self._taken = self._taken, ([], [])
+        return taken
 
     def _row(self, number: int) -> Row | BadRow:
         try:

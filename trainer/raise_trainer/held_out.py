@@ -21,7 +21,7 @@ class HeldOutRows:
 
     def __init__(self, config: TrainConfig, policy: Policy, builder: PromptBuilder) -> None:
         self.config, self.policy, self.builder = config, policy, builder
-        self.source = RowSource.open(config.eval_data, config.data_root)
+        self.source = RowSource.open(config.eval_data, config.sampling)
 
     @torch.no_grad()
     def figures(self, advance: Callable[[int], None] = lambda n: None) -> dict[str, float]:

@@ -1,9 +1,13 @@
 """The settings of the method itself, whoever runs it: the demo or a training run."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from .config import RewardKind
+from .errors import UserError
+
+Bonus = Literal["format", "t-grpo", "grpo-care"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,19 +19,32 @@ class Method:
     temperature: float = 1.0
     reward: RewardKind = "scre-igsr"
     confidence_share: float = 1.0
-    format_weight: float = 0.0
-    igsr_variant: Literal["paper", "balanced"] = "paper"
+    bonus: Mapping[Bonus, float] = field(default_factory=dict)  # weight of each, in units of reward
     loss: Literal["grpo", "dapo", "dr_grpo"] = "dr_grpo"
     scale: Literal["group", "batch", "none"] = "group"
     min_std: float = 0.02
     clip: tuple[float, float] = (0.2, 0.2)
     kl: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     watch_kl: bool = False  # report the KL although no loss has it: all completion rows are scored for it
     mask_truncated: bool = False
     updates: int = 1
+    resample: int = 0  # rounds of further prompts in place of groups whose rewards are all equal
     micro_tokens: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        for name, weight in self.bonus.items():
+            if name not in get_args(Bonus):
+                raise UserError(f"bonus: got {name!r}, wanted {', '.join(get_args(Bonus))}")
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"bonus {name}: got {weight}, wanted a finite weight, 0 or more")
+        if self.bonus.get("t-grpo") and self.group_size < 2:
+            raise UserError("bonus t-grpo: needs a group_size of 2 or more; half of it is sampled once more")
 
     @classmethod
     def of(cls, config: Any) -> "Method":
         """The settings of that name which `config` has."""
-        return cls(**{f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)})
+        given = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
+        if hasattr(config, "kl_term"):
+            given["kl"], given["kl_estimator"] = config.kl_term
+        return cls(**given)

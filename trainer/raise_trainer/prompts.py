@@ -59,8 +59,8 @@ class PromptBuilder:
 
     processor: a Hugging Face processor with a chat template, or a tokenizer with one for text alone.
     max_length: prompt tokens; a longer prompt raises BadRow. template: name or path of a prompt template, or
-    the template itself. frames: evenly spread, in short for sampling=Sampling(frames=frames). decoder: name
-    of the video decoder.
+    the template itself. sampling: of rows that have none of their own; frames: evenly spread, in short for
+    sampling=Sampling(frames=frames). decoder: name of the video decoder.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class PromptBuilder:
             self.processor, f"{kind}_processor"
         ):
             raise BadRow(f"row {row.problem_id}: the model takes no {kind}; drop the row or change the model")
-        return Request(row.path, self.sampling, kind, self.decoder)
+        return Request(row.path, row.sampling or self.sampling, kind, self.decoder)
 
     def __call__(self, row: Row) -> Prompt:
         """The prompt of a row, decoded in this process. Raises BadMedia, or BadRow."""
@@ -148,7 +148,7 @@ class PromptBuilder:
         pixels = frames.pixels.permute(0, 3, 1, 2)
         worker = getattr(self.processor, f"{request.kind}_processor")
         if request.kind == "image":
-            found = worker(images=[pixels[0]], return_tensors="pt", **self._size(worker, 1))
+            found = worker(images=[pixels[0]], return_tensors="pt", **self._size(request.sampling, worker, 1))
             text = self.processor.replace_image_token(found, 0)
         else:
             metadata = VideoMetadata(
@@ -163,7 +163,7 @@ class PromptBuilder:
                 do_sample_frames=False,
                 return_metadata=True,
                 return_tensors="pt",
-                **self._size(worker, len(pixels)),
+                **self._size(request.sampling, worker, len(pixels)),
             )
             text = self.processor.replace_video_token(found, 0)
         inputs: dict[str, Any] = {k: v for k, v in found.items() if isinstance(v, Tensor)}
@@ -171,12 +171,13 @@ class PromptBuilder:
             inputs["second_per_grid_ts"] = [frames.seconds_per_patch]
         return Medium(inputs, text, frames.pixels)
 
-    def _size(self, worker: Any, frames: int) -> dict[str, Any]:
+    @staticmethod
+    def _size(sampling: Sampling, worker: Any, frames: int) -> dict[str, Any]:
         """The bounds on pixels as this processor counts them: of a frame, or in Qwen3-VL of a whole video.
 
         A processor that counts in no such way keeps its own size.
         """
-        size = self.sampling.size(frames if "Qwen3VL" in type(worker).__name__ else 1)
+        size = sampling.size(frames if "Qwen3VL" in type(worker).__name__ else 1)
         if size is None or not set(size) <= set(dict(worker.size)):
             return {}
         capped = hasattr(worker, "cap_pixels_per_frame")  # would share the bound of a frame among all frames

@@ -100,7 +100,7 @@ def find_rows(config: TrainConfig, wanted: set[int | str]) -> dict[int | str, Ro
 
     UserError when one is missing, or stands there twice.
     """
-    source = RowSource.open(config.data, config.data_root)
+    source = RowSource.open(config.data, config.sampling)
     found: dict[int | str, Row | BadRow] = {}
     for number in range(len(source)):
         file, within = source.where(number)

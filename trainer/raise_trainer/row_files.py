@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import BadRow, UserError
+from .media.sampling import Sampling
 from .rows import Row, parse_row
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -23,14 +24,15 @@ class RowFile:
     """A file of rows: a JSON list, or JSON lines (blank ones count for nothing). Nothing of it is kept open.
 
     root: folder that media paths are taken under. reward: route of rows that name none ("scre", "igsr"), or
-    "" for their problem type's. fingerprint: of the bytes of the file.
+    "" for their problem type's. sampling: of their media, None for the run's. fingerprint: of the
+    file's bytes.
     Memory: 16 bytes a row. Raises UserError for a file that cannot be read or is no JSON list.
     """
 
-    def __init__(self, file: Path, root: Path, *, reward: str = "") -> None:
+    def __init__(self, file: Path, root: Path, *, reward: str = "", sampling: Sampling | None = None) -> None:
         self.file = file
         self.root = root.resolve()
-        self.reward = reward
+        self.reward, self.sampling = reward, sampling
         self._bounds = array("Q")  # first byte and length, by turns
         digest = hashlib.blake2b(digest_size=16)
         try:
@@ -69,7 +71,7 @@ class RowFile:
         """A row, checked. BadRow with its id, or its number from 0, when it cannot be used."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.file}")
-        return parse_row(index, self.raw(index), self.root, self.reward)
+        return parse_row(index, self.raw(index), self.root, self.reward, self.sampling)
 
 
 class RowSource:
@@ -88,9 +90,18 @@ class RowSource:
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @classmethod
-    def open(cls, files: Sequence[Any], root: Path | None = None) -> "RowSource":
-        """The files of a configuration (`TrainConfig.data`); media lie under `root`, or beside each file."""
-        return cls([RowFile(f.path, f.root or root or f.path.parent, reward=f.reward or "") for f in files])
+    def open(cls, files: Sequence[Any], sampling: Callable[[Any], Sampling] | None = None) -> "RowSource":
+        """The files of a configuration (`TrainConfig.data`); media lie under a file's root, or beside it.
+
+        sampling: what a file's media are sampled by (`TrainConfig.sampling`); None leaves that open.
+        """
+        own = [sampling(f) if sampling else None for f in files]
+        return cls(
+            [
+                RowFile(f.path, f.root or f.path.parent, reward=f.reward or "", sampling=s)
+                for f, s in zip(files, own, strict=True)
+            ]
+        )
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -23,6 +23,7 @@ from raise_core.graders import option_letter
 from raise_core.tags import answer_in
 
 from .errors import BadRow
+from .media.sampling import Sampling
 
 Route = Literal["scre", "igsr"]
 DATA_TYPES = ("video", "image", "text")
@@ -34,7 +35,8 @@ _SEVERAL = {"OCR", "free-form"}
 
 @dataclass(frozen=True)
 class Row:
-    """One question, about one medium or none. path is None for text alone; reward is "" for its type's route.
+    """One question, about one medium or none. path is None for text alone; reward is "" for its type's route;
+    sampling is its data file's own, None for that of the run.
 
     Fields mean what the schema above says.
     """
@@ -50,6 +52,7 @@ class Row:
     process: str = ""
     references: tuple[str, ...] = ()
     reward: str = ""
+    sampling: Sampling | None = None
 
     @property
     def route(self) -> Route:
@@ -77,11 +80,11 @@ class Row:
         return self.verdict(completion).score
 
 
-def parse_row(number: int, raw: Any, root: Path, reward: str = "") -> Row:
+def parse_row(number: int, raw: Any, root: Path, reward: str = "", sampling: Sampling | None = None) -> Row:
     """The row an object in the schema stands for. Raises BadRow with its id.
 
     number: names a row without `problem_id`. root: resolved folder of the media. reward: route of rows that
-    name none; "" takes the problem type's.
+    name none; "" takes the problem type's. sampling: of the row's medium.
     """
     if not isinstance(raw, Mapping):
         raise BadRow(f"row {number}: got {type(raw).__name__}, expected an object in the Video-R1 schema")
@@ -119,6 +122,7 @@ def parse_row(number: int, raw: Any, root: Path, reward: str = "") -> Row:
         process=raw.get("process", ""),
         references=references,
         reward=raw.get("reward") or reward,
+        sampling=sampling,
     )
 
 

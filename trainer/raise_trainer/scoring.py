@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import raise_core as rc
+from raise_core.bonuses import consistency_bonus
 
 from .method import Method
 from .rollout import Rollout
@@ -45,7 +46,9 @@ def score(
 
     method.reward: "scre-igsr" rewards right answers by the reference's confidence in them (SCRE for strict
     rows, IGSR for open ones); "accuracy" rewards by the text score alone. Both log the same figures.
-    confidence_share k: text * (1 - k) + k * confidence reward. format_weight is added for the wanted form.
+    confidence_share k: text * (1 - k) + k * confidence reward. To that come the bonuses "format", for the
+    wanted form, and "grpo-care" (`raise_core.bonuses.consistency_bonus`); "t-grpo" needs shuffled frames too:
+    `temporal.with_bonus`.
     """
     rows = [rollout.prompts[p].row for p in rollout.owner]
     text = [tokenizer.decode(ids) for ids in rollout.completions]
@@ -54,7 +57,8 @@ def score(
     found = rc.find_answer_spans(rollout.completions, tokenizer)
     strict = torch.tensor([row.strict for row in rows])
     offsets = torch.tensor([0, *(len(f) for f in found)]).cumsum(0)
-    options = {"group_size": method.group_size, "variant": method.igsr_variant}
+    variant = "balanced" if method.reward == "scre-igsr-balanced" else "paper"
+    options = {"group_size": method.group_size, "variant": variant}
     logp_ref = None
     if method.kl or method.watch_kl:
         states = scorer.completion_rows(rollout.inputs, rollout.groups, features=rollout.features)
@@ -78,14 +82,17 @@ def score(
         )  # fmt: skip
     confidence, k = got.confidence.cpu(), method.confidence_share
     reward = text_score
-    if method.reward == "scre-igsr":
+    if method.reward != "accuracy":
         reward = text_score * (1 - k) + k * got.reward.cpu() if k < 1 else got.reward.cpu()
     well_formed = torch.tensor([bool(FORM.fullmatch(_visible(t, tokenizer))) for t in text])
-    if method.format_weight:
-        reward = reward + method.format_weight * well_formed
+    logp, extra = got.parts["logp"].cpu(), dict[str, float]()
+    if weight := method.bonus.get("format"):
+        reward = reward + weight * well_formed
+    if weight := method.bonus.get("grpo-care"):
+        bonus = consistency_bonus(logp, offsets, text_score, torch.tensor(rollout.owner), weight=weight)
+        reward, extra["grpo_care_share"] = reward + bonus, _share(bonus > 0)
     truncated = torch.tensor([ids[-1:] == [] or ids[-1] not in eos for ids in rollout.completions])
     answered = strict & (offsets.diff() > 0)
-    logp = got.parts["logp"].cpu()
     plain = rc.scre(logp, offsets, eta=0.0, lam=0.0, first_index=0)  # Π p
     shares = got.metrics()
     metrics = {
@@ -100,6 +107,7 @@ def score(
         "scre_differs_share": _share((confidence - plain).abs()[answered] > 0.01),
         "igsr_bonus_share": _number(shares["bonus_share"]),
         "igsr_no_effect_share": _number(shares["no_effect_share"]),
+        **extra,
     }
     return Scored(
         text,

@@ -3,56 +3,36 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .config import RewardKind
 from .errors import UserError
 from .media.sampling import Sampling
+from .train_fields import (
+    Bonuses,
+    Clip,
+    Count,
+    DataFile,
+    DataFiles,
+    Engine,
+    FrameCount,
+    Kl,
+    KlEstimator,
+    Number,
+    Pixels,
+    Positive,
+    Reference,
+    Share,
+    Weight,
+    sampling_of,
+)
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-
-MIN_PIXELS = 16 * 28 * 28  # smaller pictures are enlarged to this
 # What may differ between a checkpoint's run and the one that goes on from it.
-FREE = ("out", "steps", "save_every", "eval_every", "workers", "frame_cache", "micro_tokens")
-
-
-class DataFile(BaseModel):
-    """A file of rows; a path alone stands for one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: Path
-    root: Path | None = None  # of its media; the configuration's data_root when not given
-    reward: Literal["scre", "igsr"] | None = None  # route of its rows, in place of their problem types'
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, given: Any) -> Any:
-        return {"path": given} if isinstance(given, (str, Path)) else given
-
-    @model_serializer
-    def _to_path(self) -> Any:
-        given = {"path": str(self.path), "root": self.root and str(self.root), "reward": self.reward}
-        return given["path"] if self.root is None and self.reward is None else given
-
-
-def _as_list(given: Any) -> Any:
-    return [given] if isinstance(given, (str, Path, Mapping)) else given
-
-
-DataFiles = Annotated[tuple[DataFile, ...], BeforeValidator(_as_list)]
+FREE = ("out", "steps", "save_every", "eval_every", "workers", "frame_cache", "micro_tokens", "tracker")
+EMA_DECAY = 0.995
 
 
 class TrainConfig(BaseModel):
@@ -63,56 +43,54 @@ class TrainConfig(BaseModel):
     model: str
     """Hugging Face id or folder of the model to train"""
     data: DataFiles = Field(min_length=1)
-    """JSON or JSON-lines files in the Video-R1 schema: paths, or {path: …, root: …, reward: scre | igsr}"""
-    data_root: Path | None = None
-    """folder the rows' media paths are taken under; each data file's own when not given"""
+    """JSON or JSON-lines files in the Video-R1 schema: paths, or
+    {path: …, root: folder of its media, reward: scre | igsr, frames: …, pixels: …}"""
     eval_data: DataFiles = ()
-    """files of rows to evaluate on while training"""
+    """files of rows to evaluate on while training, in the same form"""
     out: Path
     """folder of the run: checkpoints, metrics.jsonl, report.html"""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Number = 0
     """of the order of the rows, the sampling and every generator"""
     template: str = "think"
     """name of a prompt template (templates/prompts/*.yaml), or a path to one"""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of the weights"""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """attention implementation of the model; packed groups need one of these"""
-    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """of the passes; trained weights are kept in float32 beside it"""
+    attention: Literal["sdpa", "eager", "flash"] = "sdpa"
+    """attention implementation of the model; groups are packed with sdpa (FlashAttention on a GPU), eager"""
+    lora_rank: Number = 0
     """rank of LoRA adapters on all linear layers of the language model; 0 trains the weights themselves"""
     freeze_vision: bool = True
     """leave the vision tower as it is"""
     gradient_checkpointing: bool = True
     """recompute activations in the backward pass"""
+    liger: bool = False
+    """Liger's kernels in the model's layers (GPU; package liger-kernel)"""
 
-    reward: Literal["scre-igsr", "accuracy"] = "scre-igsr"
-    """confidence in right answers, or the text score alone"""
+    reward: RewardKind = "scre-igsr"
+    """confidence in right answers, the text score alone (accuracy), or another one of docs/rewards.md"""
     confidence_share: Share = 1.0
     """k in text * (1 - k) + k * confidence reward"""
-    format_weight: Annotated[float, Field(ge=0)] = 0.0
-    """added for a completion of the form <think>…</think><answer>…</answer>"""
-    igsr_variant: Literal["paper", "balanced"] = "paper"
-    """of the open-ended reward (DESIGN.md, section 3)"""
-    reference: Literal["ema", "frozen", "policy"] = "ema"
-    """whose confidence is the reward"""
-    ema_decay: Share = 0.995
-    """weight of the old reference, every 10 steps"""
+    bonus: Bonuses = {}
+    """added to the reward: {format: w} for the form <think>…</think><answer>…</answer>, {t-grpo: w},
+    {grpo-care: w}"""
+    reference: Reference = "ema"
+    """whose confidence is the reward; {ema: d} keeps the share d of itself every 10 steps (0.995)"""
 
-    loss: Literal["grpo", "dapo", "dr_grpo"] = "dr_grpo"
-    """how tokens are averaged"""
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo"] = "dr_grpo"
+    """the surrogate, and how tokens are averaged"""
     scale: Literal["group", "batch", "none"] = "group"
     """what an advantage is divided by"""
-    min_std: Annotated[float, Field(ge=0)] = 0.02
+    min_std: Weight = 0.02
     """smallest divisor of an advantage, in units of reward"""
-    clip: tuple[Positive, Positive] = (0.2, 0.2)
-    """how far a ratio counts below and above 1; (0.2, 0.28) is clip-higher"""
-    kl: Annotated[float, Field(ge=0)] = 0.0
-    """weight of the KL term to the reference"""
+    clip: Clip = (0.2, 0.2)
+    """how far a ratio counts below and above 1; (0.2, 0.28) is clip-higher, a third number the dual clip"""
+    kl: Kl = 0.0
+    """weight of the KL term to the reference; {k1 | k2 | k3: weight} names the estimator (k3)"""
     mask_truncated: bool = True
     """leave completions that reached max_new_tokens out of the loss"""
 
-    steps: Annotated[int, Field(ge=0)] = 1000
+    steps: Number = 1000
     """optimiser steps; GRPO: rollouts times `updates`"""
     prompts: Count = 8
     """prompts in a rollout, over all processes; sft: examples in a step"""
@@ -120,22 +98,24 @@ class TrainConfig(BaseModel):
     """completions for each prompt (G)"""
     updates: Count = 1
     """optimiser steps for each rollout"""
+    resample: Number = 0
+    """most further rounds of prompts in place of groups whose rewards are all equal (dynamic sampling)"""
     max_new_tokens: Count = 768
     """longest completion, in tokens"""
     temperature: Positive = 1.0
     """of the sampling and of the policy ratio; confidence is taken at 1"""
+    engine: Engine = "generate"
+    """what samples: the model itself, vllm in this process, or the address of a vLLM server"""
     micro_tokens: Count = 16384
     """tokens in one forward pass; a step's gradient does not depend on it"""
     lr: Positive = 1e-6
     """peak learning rate; ten steps of warm-up, then linear decay to a tenth"""
 
-    frames: Annotated[int, Field(ge=2)] = 16
-    """most frames sampled from a video"""
-    fps: Annotated[float, Field(ge=0)] = 0.0
-    """frames sampled for each second, up to `frames`; 0 spreads `frames` evenly"""
-    max_pixels: Count = 128 * 28 * 28
-    """most pixels of a frame or image"""
-    workers: Annotated[int, Field(ge=0)] = 2
+    frames: FrameCount = 16
+    """frames of a video: a number spread evenly, or {fps: for each second, min: 4, max: 768}"""
+    pixels: Pixels = 128 * 28 * 28
+    """most pixels of a frame or image, or {min: …, max: …}"""
+    workers: Number = 2
     """processes that decode; 0 decodes in the training process"""
     frame_cache: Path | None = None
     """folder that keeps decoded frames"""
@@ -144,15 +124,28 @@ class TrainConfig(BaseModel):
 
     save_every: Count = 100
     """steps between checkpoints; the last two are kept"""
-    eval_every: Annotated[int, Field(ge=0)] = 0
+    eval_every: Number = 0
     """steps between evaluations; 0 is at the end alone"""
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
 
-    def sampling(self) -> Sampling:
-        """Which frames of a video, and how large."""
-        pixels = {"min_pixels": min(MIN_PIXELS, self.max_pixels), "max_pixels": self.max_pixels}
-        if not self.fps:
-            return Sampling(frames=self.frames, **pixels)
-        return Sampling(fps=self.fps, min_frames=min(4, self.frames), max_frames=self.frames, **pixels)
+    @property
+    def ema_decay(self) -> float:
+        """Share of itself that an EMA reference keeps every 10 steps."""
+        return self.reference["ema"] if isinstance(self.reference, dict) else EMA_DECAY
+
+    @property
+    def kl_term(self) -> tuple[float, KlEstimator]:
+        """Weight of the KL term, and its estimator."""
+        if isinstance(self.kl, dict):
+            return next((weight, name) for name, weight in self.kl.items())
+        return self.kl, "k3"
+
+    def sampling(self, file: DataFile | None = None) -> Sampling:
+        """Which frames of a video, and how large: of a data file, where it has its own."""
+        frames = file.frames if file and file.frames is not None else self.frames
+        pixels = file.pixels if file and file.pixels is not None else self.pixels
+        return sampling_of(frames, pixels)
 
 
 def load(file: Path | None, pairs: Sequence[str] = ()) -> TrainConfig:
@@ -190,10 +183,19 @@ def check(given: Mapping[str, Any]) -> TrainConfig:
     try:
         return TrainConfig(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "settings"
-        got = "nothing" if first["type"] == "missing" else repr(first["input"])
-        raise UserError(f"{name}: got {got}; {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise UserError(_fault(error)) from None
+
+
+def _fault(error: ValidationError) -> str:
+    """The first wrong field and why; of a field with several forms, the form that was meant."""
+    faults = error.errors()
+    first = faults[0]
+    name = str(first["loc"][0]) if first["loc"] else "settings"
+    forms = [fault for fault in faults if fault["loc"][:1] == first["loc"][:1]]
+    meant = [fault for fault in forms if not fault["type"].endswith("_type")] or forms
+    got = "nothing" if first["type"] == "missing" else repr(meant[0]["input"])
+    said = [fault["msg"].removeprefix("Value error, ") for fault in meant]
+    return f"{name}: got {got}; " + ", or ".join(dict.fromkeys(s[0].lower() + s[1:] for s in said))
 
 
 def as_yaml(config: TrainConfig) -> str:
