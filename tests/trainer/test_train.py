@@ -215,7 +215,8 @@ def test_evaluation_keeps_the_best_checkpoint(world: Path, tmp_path: Path) -> No
         {"reference": "frozen", "kl": 0.04, "updates": 2, "clip": [0.2, 0.28], "loss": "grpo"},
         {"reference": "policy", "reward": "accuracy", "scale": "batch", "gradient_checkpointing": True},
         {"confidence_share": 0.5, "bonus": {"format": 0.1}, "reward": "scre-igsr-balanced",
-         "temperature": 0.9, "mask_truncated": False, "micro_tokens": 200, "loss": "dapo", "freeze_vision": True},
+         "temperature": 0.9, "mask_truncated": False, "micro_tokens": 200, "loss": "dapo",
+         "freeze_vision": True},
     ],
     ids=["lora", "clipped updates", "accuracy", "mixed"],
 )  # fmt: skip
