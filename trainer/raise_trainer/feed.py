@@ -77,8 +77,9 @@ class Feed:
         """This process's prompts of a step, each with its place (step, index among the step's prompts).
 
         count: rows over all processes, which take the same; a step's worth when not given. first: how many
-        the step has had before, so that no two of its prompts have one place. What cannot be used is listed in the quarantine file with its id and reason, or stops the run; nothing
-        takes its place. Raises UserError beyond the error budget.
+        the step has had before, so that no two of its prompts have one place. What cannot be used is listed
+        in the quarantine file with its id and reason, or stops the run; nothing takes its place. Raises
+        UserError beyond the error budget.
         """
         numbers = self.sampler.take(count)
         rows = [self._row(number) for number in numbers]

@@ -9,7 +9,7 @@ the reference follows slowly                        raise_core.EmaReference
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,13 +25,20 @@ from .method import Method
 from .models import vision_tower
 from .prompts import Prompt
 from .rollout import Rollout, sample
+from .rounds import Round, joined
 from .scoring import Scored, score
+from .temporal import Shuffled, with_bonus
 from .update import Group, policy_step
+
+More = Callable[[int], tuple[Sequence[Prompt], Tensor]]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step saw and did; figures are means or sums over all processes, the rest is this one's."""
+    """What a step saw and did; figures are means or sums over all processes, the rest is this one's.
+
+    All rounds of the step are in it, groups that were replaced too; their advantage is 0.
+    """
 
     rollout: Rollout
     scored: Scored | None
@@ -89,24 +96,30 @@ class Grpo:
         self.phases = phases or Phases()
         self._sampler_checked = False
 
-    def step(self, prompts: Sequence[Prompt], draws: Tensor, step: int) -> Outcome:
+    def step(
+        self, prompts: Sequence[Prompt], draws: Tensor, step: int, *, more: More | None = None
+    ) -> Outcome:
         """Sample, reward, update; `step` counts finished optimiser steps. All processes call it.
 
-        draws: see `rollout.sample`. A process may have no prompts at all.
+        draws: see `rollout.sample`. A process may have no prompts at all. more: this process's share of the
+        next n prompts, with their draws; wanted where method.resample is above 0.
         """
         method = self.method
         self.model.eval()
-        with self.phases("rollout"):
-            rollout = sample(
-                self.model, prompts, group_size=method.group_size, max_new_tokens=method.max_new_tokens,
-                temperature=method.temperature, eos=self.eos, suppress=self.suppress, draws=draws,
-                features=self._features(prompts),
-            )  # fmt: skip
-        self._check_sampler(rollout)
-        with self.phases("score"), self.reference.active():
-            scored = score(rollout, self.confidant, self.tokenizer, method, eos=self.eos) if prompts else None
-        advantage = self._advantages(scored, rollout)
-        groups = _groups(rollout, scored, advantage, mask_truncated=method.mask_truncated)
+        rounds, drawn = [self._round(prompts, draws)], 0
+        while len(rounds) <= method.resample:
+            equal = int(ranks.totals(rounds[-1].differs.count(False))[0])
+            if not equal:
+                break
+            if more is None:
+                raise ValueError(f"more: got None with resample={method.resample}, wanted where prompts are")
+            drawn += equal
+            rounds.append(self._round(*more(equal)))
+        whole = joined(rounds)
+        rollout, scored = whole.rollout, whole.scored
+        learned = whole.differs if method.resample else [True] * len(rollout.prompts)
+        advantage = self._advantages(scored, rollout, learned)
+        groups = _groups(rollout, scored, advantage, learned, mask_truncated=method.mask_truncated)
         self.model.train()
         figures = dict[str, float]()
         with self.phases("update"):
@@ -119,7 +132,34 @@ class Grpo:
         entropy, tokens = ranks.totals(
             sum(float(h.sum()) for h in rollout.entropy), sum(map(len, rollout.completions))
         )
-        return Outcome(rollout, scored, advantage, figures | {"entropy": entropy / max(tokens, 1)})
+        figures["entropy"] = entropy / max(tokens, 1)
+        if method.resample:
+            figures |= {"rounds": float(len(rounds)), "resampled_groups": float(drawn)}
+            figures["learned_groups"] = ranks.totals(sum(learned))[0]
+        return Outcome(rollout, scored, advantage, figures)
+
+    def _round(self, prompts: Sequence[Prompt], draws: Tensor) -> Round:
+        """Completions of these prompts and their rewards; on shuffled frames too where a bonus wants that."""
+        method, other = self.method, None
+        with self.phases("rollout"):
+            rollout = self._sample(prompts, draws, method.group_size)
+            if weight := method.bonus.get("t-grpo"):
+                shuffled = Shuffled.of(prompts, draws, method.group_size, self.model)
+                other = self._sample(shuffled.prompts, shuffled.draws, method.group_size // 2)
+        self._check_sampler(rollout)
+        with self.phases("score"), self.reference.active():
+            scored = score(rollout, self.confidant, self.tokenizer, method, eos=self.eos) if prompts else None
+        if weight and scored is not None and other is not None:
+            scored = with_bonus(scored, rollout, shuffled.index, other, self.tokenizer, weight)
+        made = Round(rollout, scored)
+        return made.without_features() if method.resample else made
+
+    def _sample(self, prompts: Sequence[Prompt], draws: Tensor, group_size: int) -> Rollout:
+        return sample(
+            self.model, prompts, group_size=group_size, max_new_tokens=self.method.max_new_tokens,
+            temperature=self.method.temperature, eos=self.eos, suppress=self.suppress, draws=draws,
+            features=self._features(prompts),
+        )  # fmt: skip
 
     def _check_sampler(self, rollout: Rollout) -> None:
         """Once, on the first group: warns when what samples is not the model that is trained."""
@@ -137,27 +177,38 @@ class Grpo:
             return None
         return self.policy.vision_features([p.inputs for p in prompts])
 
-    def _advantages(self, scored: Scored | None, rollout: Rollout) -> Tensor:
-        """[B]; a batch-wide standard deviation is that of all processes."""
-        rewards = scored.reward.tolist() if scored else []
-        every = ranks.gather((rewards, rollout.owner))
+    def _advantages(self, scored: Scored | None, rollout: Rollout, learned: Sequence[bool]) -> Tensor:
+        """[B], 0 where not learned from; a batch-wide standard deviation is that of all processes."""
+        kept = torch.tensor([learned[p] for p in rollout.owner], dtype=torch.bool)
+        rewards = scored.reward[kept].tolist() if scored else []
+        every = ranks.gather((rewards, [p for p in rollout.owner if learned[p]]))
         places = [(r, p) for r, (_, owners) in enumerate(every) for p in owners]
         number = {place: i for i, place in enumerate(dict.fromkeys(places))}
+        advantage = torch.zeros(len(rollout.owner))
         if not places:
-            return torch.zeros(0)
+            return advantage
         whole = rc.group_advantages(
             torch.tensor([x for own, _ in every for x in own]),
             torch.tensor([number[place] for place in places]),
             scale=self.method.scale,
             min_std=self.method.min_std,
         )
-        return whole.split([len(own) for own, _ in every])[ranks.rank()]
+        advantage[kept] = whole.split([len(own) for own, _ in every])[ranks.rank()]
+        return advantage
 
 
 def _groups(
-    rollout: Rollout, scored: Scored | None, advantage: Tensor, *, mask_truncated: bool
+    rollout: Rollout,
+    scored: Scored | None,
+    advantage: Tensor,
+    learned: Sequence[bool] | None = None,
+    *,
+    mask_truncated: bool,
 ) -> list[Group]:
-    """What is learned from, by prompt; a completion that is left out still counted in its group's mean."""
+    """What is learned from, by prompt; a completion that is left out still counted in its group's mean.
+
+    learned: of each prompt, whether its group is kept; all are when not given.
+    """
     if scored is None:
         return []
     lengths = [len(ids) for ids in rollout.completions]
@@ -165,6 +216,8 @@ def _groups(
     features = rollout.features or [None] * len(rollout.prompts)
     groups = []
     for p, inputs in enumerate(rollout.inputs):
+        if learned is not None and not learned[p]:
+            continue
         kept = [
             b
             for b, owner in enumerate(rollout.owner)
@@ -180,6 +233,5 @@ def _groups(
 def _own_figures(rollout: Rollout, scored: Scored | None) -> dict[str, float]:
     if scored is None:
         return {}
-    rewards = scored.reward.view(len(rollout.prompts), -1)
-    equal = (rewards.amax(1) == rewards.amin(1)).float().mean()
-    return scored.metrics | {"equal_groups_share": float(equal)}
+    differs = Round(rollout, scored).differs
+    return scored.metrics | {"equal_groups_share": differs.count(False) / len(differs)}

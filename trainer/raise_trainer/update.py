@@ -100,13 +100,20 @@ def policy_step(
     """One optimiser step on these groups and those of the other processes.
 
     Normalisers count the completions of all of them, and gradients are summed: neither micro-batches nor the
-    number of processes changes the step. The first update of a rollout is on-policy, and leaves each group
-    its `logp_old` for the next ones.
+    number of processes changes the step. Groups without an advantage count there too; where no KL wants their
+    tokens their gradient is exactly 0, and they are not run. The first update of a rollout is on-policy, and
+    leaves each group its `logp_old` for the next ones.
     """
-    tokens, sequences = ranks.totals(sum(g.tokens for g in groups), sum(len(g.completions) for g in groups))
+    run = [g for g in groups if g.logp_ref is not None or bool(g.advantage.any())]
+    tokens, sequences, tokens_run, idle = ranks.totals(
+        sum(g.tokens for g in groups),
+        sum(len(g.completions) for g in groups),
+        sum(g.tokens for g in run),
+        len(groups) - len(run),
+    )
     optimizer.zero_grad(set_to_none=True)
     parts = list[dict[str, float]]()
-    for some in micro_batches(groups, method.micro_tokens):
+    for some in micro_batches(run, method.micro_tokens):
         frozen = [g.features for g in some] if any(g.features is not None for g in some) else None
         rows = scorer.completion_rows(
             [g.inputs for g in some], [g.completions for g in some], features=frozen
@@ -139,6 +146,9 @@ def policy_step(
                 group.logp_old = logp.detach().cpu()
         parts.append({"loss": made.loss.item()} | {k: v.item() for k, v in made.metrics.items()})
     figures = ranks.joined(parts)
+    if idle and tokens_run:
+        figures["ratio_mean"] *= tokens / tokens_run
+    figures["idle_groups"] = idle
     batch = [{"completions": g.completions, "advantage": g.advantage} for g in groups]
     return figures | finish(scorer.model, optimizer, figures.get("loss", 0.0), guard, step, batch)
 
