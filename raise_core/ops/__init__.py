@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from raise_core.ops.rewards import Rewards, confidence_rewards, igsr, scre
     from raise_core.ops.span_ops import span_logp
     from raise_core.ops.stats import TokenStats, linear_token_stats, token_stats
+    from raise_core.ops.step_ops import step_margins, step_scores
 
 __all__ = [
     "PartialStats",
@@ -35,6 +36,8 @@ __all__ = [
     "partial_token_stats",
     "scre",
     "span_logp",
+    "step_margins",
+    "step_scores",
     "token_stats",
 ]
 _HOME = {
@@ -52,6 +55,8 @@ _HOME = {
     "igsr": "raise_core.ops.rewards",
     "scre": "raise_core.ops.rewards",
     "span_logp": "raise_core.ops.span_ops",
+    "step_margins": "raise_core.ops.step_ops",
+    "step_scores": "raise_core.ops.step_ops",
     "TokenStats": "raise_core.ops.stats",
     "linear_token_stats": "raise_core.ops.stats",
     "token_stats": "raise_core.ops.stats",
