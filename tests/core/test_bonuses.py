@@ -120,7 +120,7 @@ def test_groups_apart_and_in_any_order(rows: list[tuple[int, float, list[float]]
 def test_bonuses_go_to_right_answers_alone(acc: list[float], share: float) -> None:
     values, group = torch.tensor(acc, dtype=torch.float64), torch.zeros(len(acc), dtype=torch.long)
     bonus = temporal_bonus(values, values * share, group, group, weight=0.7)
-    assert_exact(bonus, torch.where(values > 0.1, 0.7, 0.0).double(), name="bonus")
+    assert_exact(bonus, 0.7 * (values > 0.1).double(), name="bonus")
 
 
 def test_equal_values_are_not_below_their_mean() -> None:

@@ -50,20 +50,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     save_model(tiny.build_model(processor, seed=0), processor, folder / "model")
     given = SMALL | {"model": str(folder / "model")}
     train = given | {"data": folder / "data/train.json", "out": folder / "train"}
+    more = {"bonus": {"format": 0.1, "t-grpo": 0.3, "grpo-care": 0.5}, "resample": 1}
     return {
         "train": run_train(check(train | {"eval_data": folder / "data/test.json"})),
+        "bonuses": run_train(check(train | more | {"out": folder / "bonuses"})),
         "sft": run_sft(check(given | {"data": folder / "data/sft.json", "out": folder / "sft"})),
     }
 
 
 @pytest.mark.parametrize(
     "heading, run, stage",
-    [("Training", "train", "train"), ("Evaluation", "train", "evaluate"), ("Supervised", "sft", "train")],
+    [
+        ("Training", ("train", "bonuses"), "train"),
+        ("Evaluation", ("train",), "evaluate"),
+        ("Supervised", ("sft",), "train"),
+    ],
 )
 def test_what_is_written_is_on_the_page_and_the_other_way_round(
-    runs: dict[str, Path], heading: str, run: str, stage: str
+    runs: dict[str, Path], heading: str, run: tuple[str, ...], stage: str
 ) -> None:
-    written, named = keys(runs[run] / "metrics.jsonl", stage), page(heading)
+    written = {key for name in run for key in keys(runs[name] / "metrics.jsonl", stage)}
+    named = page(heading)
     assert written and written - named == set() and named - written - SOMETIMES == set()
 
 
