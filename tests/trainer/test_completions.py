@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import raise_core as rc
-from raise_trainer import tiny
+from raise_trainer import logbook, tiny
 from raise_trainer.checkpoints import truncate_log
 from raise_trainer.completions import (
     TAIL,
@@ -24,7 +24,7 @@ from raise_trainer.completions import (
 from raise_trainer.data import Row
 from raise_trainer.errors import UserError
 from raise_trainer.grpo import Outcome
-from raise_trainer.logbook import Logbook
+from raise_trainer.logbook import QUIET_TABLE_SECONDS, Logbook
 from raise_trainer.prompts import Prompt
 from raise_trainer.rollout import Rollout
 from raise_trainer.scoring import Scored
@@ -157,8 +157,25 @@ def test_the_console_shows_the_end_of_each_completion(tmp_path: Path) -> None:
     log = Logbook(tmp_path, Console(file=said, width=400))
     show_completions(log, [])
     assert said.getvalue() == ""
-    long = Completion(id="a", step=4, text="x" * 300 + "[bold]end", reward=0.5)
-    show_completions(log, [long, Completion(id=2, text="short", text_score=1.0)])
-    shown = said.getvalue()
-    assert "step 5" in shown and "…" + "x" * (TAIL - 9) + "[bold]end" in shown and "0.50" in shown
-    assert "short" in shown and "1.00" in shown and "–" in shown
+    asked = {"id": "a", "step": 4, "question": "What [red]colour?\nOptions:\nA. blue"}
+    answer = {"tokens": ["<answer>", " B. ", "green", "</answer>"], "answer": (1, 3)}
+    long = Completion(**asked, text="x" * 300 + "[bold]end", reward=0.5, **answer)
+    short = Completion(**asked, text="short", text_score=1.0, answer_missing="unclosed")
+    show_completions(log, [long, short, Completion(id=2, question="another", text="not shown")])
+    title, _, _, first, second, *rest = said.getvalue().splitlines()
+    assert title.strip() == "step 5, row a: What [red]colour? Options: A. blue" and rest == []
+    assert "…" + "x" * (TAIL - 9) + "[bold]end" in first and "B. green" in first and "0.50" in first
+    assert [cell.strip() for cell in second.split("│")] == ["short", "(unclosed)", "1.00", "–", "–", "–"]
+
+
+def test_tables_are_seldom_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(logbook.time, "monotonic", lambda: clock[0])
+    drawn = Logbook(tmp_path, Console(file=io.StringIO(), force_terminal=True))
+    plain, silent = Logbook(tmp_path, Console(file=io.StringIO())), Logbook(tmp_path, silent=True)
+    due = []
+    for clock[0] in (0.0, 1.0, QUIET_TABLE_SECONDS - 1, QUIET_TABLE_SECONDS, QUIET_TABLE_SECONDS + 1):
+        due.append([log.may_show_completions() for log in (drawn, plain, silent)])
+    assert due == [[True, first, False] for first in (True, False, False, True, False)]

@@ -33,6 +33,8 @@ class Completion(BaseModel):
     """finished optimiser steps when it was sampled"""
     problem_type: str = ""
     """of its row"""
+    question: str = ""
+    """of its row, with the options"""
     prompt: str = ""
     """the prompt's text; a run of one placeholder is written once, with its length"""
     text: str = ""
@@ -68,32 +70,43 @@ class Completion(BaseModel):
         return given
 
 
-def write_completions(
-    folder: Path, step: int, outcome: "Outcome", tokenizer: Any, *, most: int = 8
-) -> list[Completion]:
-    """Append the first `most` completions of a step to `completions.jsonl` in `folder`, and return them.
+def completions_of(step: int, outcome: "Outcome", tokenizer: Any, *, most: int = 8) -> list[Completion]:
+    """The first `most` completions of a step, of the calling process; none for a step without prompts.
 
-    The completions of a prompt are adjacent, so that with `most` a multiple of G whole groups are kept. They
-    are those of the calling process. None for a step without prompts. ValueError for `most` below 0.
+    The completions of a prompt are adjacent, so that with `most` a multiple of G they are whole groups.
+    ValueError for `most` below 0.
     """
     if most < 0:
         raise ValueError(f"most: got {most}, wanted 0 or more completions")
-    found = [_completion(step, outcome, b, tokenizer) for b in range(len(outcome.rollout.completions))[:most]]
+    return [_completion(step, outcome, b, tokenizer) for b in range(len(outcome.rollout.completions))[:most]]
+
+
+def write_completions(
+    folder: Path, step: int, outcome: "Outcome", tokenizer: Any, *, most: int = 8
+) -> list[Completion]:
+    """Append `completions_of` a step to `completions.jsonl` in `folder`, and return them."""
+    found = completions_of(step, outcome, tokenizer, most=most)
     append_json_lines(folder / "completions.jsonl", [c.model_dump(mode="json") for c in found])
     return found
 
 
 def show_completions(log: Logbook, completions: Sequence[Completion]) -> None:
-    """A table on the console: the end of each completion, where its answer is, and its figures."""
-    if not completions:
-        return
-    rows = []
-    for c in completions:
-        end = c.text if len(c.text) <= TAIL else "…" + c.text[-TAIL:]
-        figures = (c.text_score, c.confidence, c.reward, c.advantage)
-        rows.append([end, str(c.id), *("–" if x is None else f"{x:.2f}" for x in figures)])
-    header = ["completion", "row", "score", "conf.", "reward", "adv."]
-    log.table(f"step {completions[0].step + 1}", header, rows)
+    """A table on the console of the first prompt's completions (adjacent ones): question, answers, figures.
+
+    Of a long completion its end is shown. Nothing is shown where there are none.
+    """
+    shown = [c for c in completions if (c.id, c.question) == (completions[0].id, completions[0].question)]
+    if shown:
+        title = f"step {shown[0].step + 1}, row {shown[0].id}: {' '.join(shown[0].question.split()) or '–'}"
+        header = ["completion", "answer", "score", "conf.", "reward", "adv."]
+        log.table(title, header, [_table_row(c) for c in shown], texts=2)
+
+
+def _table_row(c: Completion) -> list[str]:
+    end = c.text if len(c.text) <= TAIL else "…" + c.text[-TAIL:]
+    answer = f"({c.answer_missing})" if c.answer_missing else "".join(c.tokens[slice(*c.answer or (0, 0))])
+    figures = (c.text_score, c.confidence, c.reward, c.advantage)
+    return [end, answer.strip("<> \n"), *("–" if x is None else f"{x:.2f}" for x in figures)]
 
 
 def read_completions(file: Path) -> Iterator[tuple[int, Completion]]:
@@ -120,6 +133,7 @@ def _completion(step: int, outcome: "Outcome", b: int, tokenizer: Any) -> Comple
         id=prompt.row.problem_id,
         step=step,
         problem_type=prompt.row.problem_type,
+        question=prompt.row.question,
         prompt=prompt_text(prompt.ids.tolist(), tokenizer),
         text=scored.text[b],
         token_ids=ids,

@@ -1,11 +1,14 @@
 """JSON lines that a run appends to: objects, one a line; a killed process may have torn the last."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+CHUNK = 1 << 16
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -38,3 +41,21 @@ def append_json_lines(file: Path, records: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     with file.open("a", encoding="utf-8") as stream:
         stream.write(text)
+
+
+def drop_torn_line(file: Path) -> None:
+    """Cut off what a killed process wrote of the last line; nothing is done where there is no file."""
+    if not file.is_file():
+        return
+    with file.open("rb+") as stream:
+        size = end = stream.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(end - CHUNK, 0)
+            stream.seek(start)
+            found = stream.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            stream.truncate(end)

@@ -1,12 +1,13 @@
-"""What a run says and keeps: a progress bar with time left, `metrics.jsonl`, `timings.jsonl`, tables.
+"""What a run says and keeps: a bar with time left, tables, `metrics.jsonl`, `timings.jsonl`, `rows.jsonl`.
 
 Figures that depend on the clock go to timings.jsonl alone, so that metrics.jsonl of two runs with the same
 seed on the same machine are the same bytes.
 """
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .json_lines import drop_torn_line
+from .trackers import Tracker
+
 QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on
+QUIET_TABLE_SECONDS = 600.0  # between two tables of completions there
 
 
 class Stage:
@@ -57,7 +62,11 @@ class Logbook:
         self.silent = silent
         self.console = console or Console(highlight=False, quiet=silent)
         self.records: list[dict[str, Any]] = []
+        self.tracker: Tracker | None = None
         self._started = time.monotonic()
+        self._tabled = -math.inf
+        if not silent:
+            drop_torn_line(out / "timings.jsonl")  # the others are cut where a run goes on
 
     def say(self, text: str) -> None:
         """One line on the console."""
@@ -83,14 +92,22 @@ class Logbook:
         self.time(name, units=total, seconds=time.monotonic() - begun)
 
     def time(self, stage: str, **figures: float) -> None:
-        """One line of timings.jsonl."""
-        self._append("timings.jsonl", {"stage": stage} | {k: round(v, 3) for k, v in figures.items()})
+        """One line of timings.jsonl. What has a `step` goes to the tracker as well."""
+        self._append("timings.jsonl", {"stage": stage} | {k: _rounded(k, v) for k, v in figures.items()})
+        if self.tracker is not None and "step" in figures:
+            self.tracker.log("time", int(figures["step"]), {k: v for k, v in figures.items() if k != "step"})
 
     def write(self, stage: str, step: int, **figures: float) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl; the tracker gets it too."""
         record = {"stage": stage, "step": step, **figures}
         self.records.append(record)
         self._append("metrics.jsonl", record)
+        if self.tracker is not None:
+            self.tracker.log(stage, step, figures)
+
+    def rows(self, step: int, used: Sequence[int], left_out: Sequence[int]) -> None:
+        """One line of rows.jsonl: the rows of a step by their numbers, of which none is in both lists."""
+        self._append("rows.jsonl", {"step": step, "used": sorted(used), "left_out": sorted(left_out)})
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if self.silent:
@@ -98,11 +115,19 @@ class Logbook:
         with (self.out / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
-        """A table on the console; the first column is text, the others align right."""
+    def may_show_completions(self) -> bool:
+        """Whether a table of completions is due: always on a terminal, now and then elsewhere."""
+        now = time.monotonic()
+        if self.silent or not (self.console.is_terminal or now - self._tabled >= QUIET_TABLE_SECONDS):
+            return False
+        self._tabled = now
+        return True
+
+    def table(self, title: str, header: list[str], rows: list[list[str]], *, texts: int = 1) -> None:
+        """A table on the console; the first `texts` columns align left, the others right."""
         table = Table(title=Text(title), title_justify="left", show_edge=False)
         for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+            table.add_column(name, justify="left" if i < texts else "right", overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))  # what a model wrote is no markup
         self.console.print(table)
@@ -111,3 +136,8 @@ class Logbook:
     def seconds(self) -> float:
         """Since the run began."""
         return time.monotonic() - self._started
+
+
+def _rounded(name: str, value: float) -> float:
+    """Milliseconds; memory to the KiB, so that a slow growth shows."""
+    return round(value, 6 if name.endswith("_gib") else 3)

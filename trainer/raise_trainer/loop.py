@@ -13,6 +13,7 @@ import torch
 
 import raise_core as rc
 
+from .completions import completions_of, show_completions
 from .config import DemoConfig
 from .evaluate import judge
 from .grpo import Grpo
@@ -103,8 +104,7 @@ def run_grpo(
             log.write(name, step, **figures)
             stage.advance(reward=figures["reward_mean"], acc=figures["accuracy"], match=figures["match"])
             if step % TABLE_EVERY == TABLE_EVERY - 1:
-                title = f"{name}, step {step + 1}"
-                _completion_table(log, tokenizer, title, made.rollout, made.scored, made.advantage)
+                show_completions(log, completions_of(step, made, tokenizer, most=config.group_size))
 
 
 def _judged(rollout: Rollout, scored: Scored) -> dict[str, float]:
@@ -113,21 +113,3 @@ def _judged(rollout: Rollout, scored: Scored) -> dict[str, float]:
         "accuracy": sum(right for right, _ in verdicts) / len(verdicts),
         "match": sum(match for _, match in verdicts) / len(verdicts),
     }
-
-
-def _completion_table(
-    log: Logbook, tokenizer: Any, title: str, rollout: Rollout, scored: Scored, advantage: torch.Tensor
-) -> None:
-    """Up to four completions of each of the first two prompts."""
-    g = len(rollout.completions) // len(rollout.prompts)
-    rows = []
-    for b in [p * g + i for p in range(min(2, len(rollout.prompts))) for i in range(min(4, g))]:
-        row = rollout.prompts[rollout.owner[b]].row
-        figures = (scored.score[b], scored.confidence[b], scored.reward[b], advantage[b])
-        text = scored.text[b].removesuffix(tokenizer.eos_token)
-        rows.append([row.problem, text, *(f"{float(x):.2f}" for x in figures)])
-    log.table(
-        title,
-        ["prompt", "completion", "score", "conf.", "reward", "adv."],
-        rows,
-    )

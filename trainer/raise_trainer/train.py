@@ -1,5 +1,6 @@
 """`raise-core train` and `raise-core sft`: a run that can be killed, and goes on where its checkpoint is."""
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,25 +13,28 @@ import torch
 import raise_core as rc
 
 from . import ranks
+from .adamw import adamw
 from .checkpoints import Checkpoints, StepGuard, TrainingState, graceful_stop, truncate_log
 from .checkpoints.ranks import share
 from .checkpoints.stopping import Stop
-from .completions import write_completions
+from .completions import show_completions, write_completions
 from .errors import UserError
 from .feed import Feed
 from .grpo import Grpo, Phases
 from .held_out import HeldOutRows
 from .logbook import Logbook, Stage
 from .loop import set_lr
+from .memory import PeakMemory
 from .method import Method
 from .models import Policy, load_policy, reference_of
-from .prompts import target_ids
+from .prompts import Prompt, target_ids
 from .rollout import draws
+from .trackers import Tracker, check_tracker
 from .train_config import FREE, TrainConfig, as_yaml
 from .update import sft_step
 
 COMPLETIONS_EVERY = 10  # optimiser steps between completions that are kept
-LOGS = ("metrics.jsonl", "completions.jsonl")  # cut where a resumed run goes on
+LOGS = ("metrics.jsonl", "completions.jsonl", "rows.jsonl")  # cut where a resumed run goes on
 
 
 @dataclass
@@ -47,6 +51,8 @@ class Run:
     checkpoints: Checkpoints
     stop: Stop
     held_out: HeldOutRows | None
+    memory: PeakMemory
+    begun: float = 0.0  # of the step under way, on the performance counter
     evaluated: tuple[int, float] = (0, 0.0)  # finished steps at the last evaluation, and its mean text score
 
     def save(self) -> None:
@@ -73,6 +79,7 @@ class Run:
         while self.state.step < self.config.steps and not self.stop.agreed():
             before = self.state.step
             set_lr(self.optimizer, self.config.lr, before, self.config.steps)
+            self.begun = time.perf_counter()
             yield before
             self.state.step = before + per_round
             done = self.state.step >= self.config.steps
@@ -95,6 +102,7 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
     """A new run, or one that goes on from its newest whole checkpoint. Also gives the reference, or None."""
     from accelerate import PartialState
 
+    check_tracker(config.tracker)
     processes = PartialState()
     device = processes.device
     log = Logbook(share(lambda: _folder(config)), silent=ranks.rank() > 0)
@@ -103,12 +111,7 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
         policy = load_policy(config, device)
         reference = reference_of(policy.model, config) if with_reference else None
         trained = [p for p in policy.model.parameters() if p.requires_grad]
-        if any(p.dtype == torch.bfloat16 for p in trained):
-            log.say(
-                f"warning: weights are trained in bfloat16; steps of AdamW (lr {config.lr:g}) are lost in "
-                "rounding unless they move a weight by 1 part in 512; set dtype=float32, or a lora_rank"
-            )
-        optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        optimizer = adamw(trained, config.lr)
         check = (lambda row: None) if with_reference else partial(target_ids, tokenizer=policy.tokenizer)
         feed = stack.enter_context(Feed.open(config, policy, log, check))
         guard = StepGuard(log.out / "bad-steps", say=log.say)
@@ -130,12 +133,17 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
             share(partial(truncate_log, log.out / name, state.step))
         if resumed is not None:
             log.say(f"goes on after step {resumed.step} from {resumed.path}")
+        if config.tracker != "none" and not log.silent:
+            settings = config.model_dump(mode="json")
+            log.tracker = Tracker(config.tracker, log.out, settings, step=state.step, say=log.say)
+            stack.callback(log.tracker.close)
         stop = stack.enter_context(graceful_stop())
         held_out = HeldOutRows(config, policy, feed.builder) if config.eval_data else None
-        yield (
-            Run(config, policy, optimizer, feed, guard, log, state, checkpoints, stop, held_out),
-            reference,
-        )
+        run = Run(
+            config, policy, optimizer, feed, guard, log, state, checkpoints, stop, held_out,
+            PeakMemory(device),
+        )  # fmt: skip
+        yield run, reference
 
 
 OWN = ("config.yaml", "checkpoints", "metrics.jsonl", "timings.jsonl", "quarantine.jsonl")
@@ -173,15 +181,25 @@ def run_train(config: TrainConfig) -> Path:
         )  # fmt: skip
         with run.log.stage("train", config.steps, done=run.state.step) as stage:
             for step in run.steps(stage, config.updates):
-                with phases("decode"):
-                    places, prompts = run.feed.take(step)
-                made = grpo.step(
-                    prompts, draws(config.seed, places, config.group_size, config.max_new_tokens), step
-                )
+                ask = partial(_ask, run, phases, step, run.feed.sampler.position)
+                made = grpo.step(*ask(), step, more=ask)
                 if not run.log.silent and (step == 0 or _due(step, step + config.updates, COMPLETIONS_EVERY)):
-                    write_completions(run.log.out, step, made, policy.tokenizer)
-                _report(run, stage, phases, step, made.figures, config.updates)
+                    kept = write_completions(run.log.out, step, made, policy.tokenizer)
+                    if run.log.may_show_completions():
+                        show_completions(run.log, kept)
+                tokens = sum(map(len, made.rollout.completions))
+                _report(run, stage, phases, step, made.figures, config.updates, tokens)
         return run.log.out
+
+
+def _ask(
+    run: Run, phases: Phases, step: int, begun: int, count: int | None = None
+) -> tuple[list[Prompt], torch.Tensor]:
+    """This process's share of the step's next prompts, with their draws. begun: its place before the step."""
+    with phases("decode"):
+        places, prompts = run.feed.take(step, count, first=run.feed.sampler.position - begun)
+    config = run.config
+    return prompts, draws(config.seed, places, config.group_size, config.max_new_tokens)
 
 
 def run_sft(config: TrainConfig) -> Path:
@@ -199,14 +217,20 @@ def run_sft(config: TrainConfig) -> Path:
                         scorer, run.optimizer, [p.inputs for p in prompts], targets,
                         micro_tokens=config.micro_tokens, guard=run.guard, step=step,
                     )  # fmt: skip
-                _report(run, stage, phases, step, figures, 1)
+                _report(run, stage, phases, step, figures, 1, sum(map(len, targets)))
         return run.log.out
 
 
-def _report(run: Run, stage: Stage, phases: Phases, step: int, figures: dict[str, float], steps: int) -> None:
-    """A line of metrics.jsonl and one of timings.jsonl; the bar moves."""
+def _report(
+    run: Run, stage: Stage, phases: Phases, step: int, figures: dict[str, float], steps: int, tokens: int
+) -> None:
+    """A line of metrics.jsonl, timings.jsonl and rows.jsonl; the bar moves. tokens: this process's."""
     figures |= {"epoch": run.feed.sampler.epoch, "left_out": float(run.feed.left_out)}
+    every = ranks.gather((tokens, *run.feed.drain()))
+    seconds = time.perf_counter() - run.begun
+    costs = {"tokens_per_s": sum(t for t, _, _ in every) / seconds, "peak_gib": run.memory.take()}
+    run.log.rows(step, [n for _, used, _ in every for n in used], [n for _, _, out in every for n in out])
     run.log.write("train", step, **figures)
-    run.log.time("step", step=step, **phases.take())
+    run.log.time("step", step=step, **phases.take(), **costs)
     shown = {k: figures[k] for k in ("reward_mean", "text_score_mean", "loss") if k in figures}
-    stage.advance(steps, **shown)
+    stage.advance(steps, **shown, **{"tok/s": costs["tokens_per_s"], "GiB": costs["peak_gib"]})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config import OnBad
 from ..errors import BadMedia, BadRow, UserError
+from ..json_lines import drop_torn_line
 
 GRACE = 10  # bad rows before their share is judged: one bad file among the first three is no bad data set
 
@@ -48,7 +49,7 @@ class Quarantine:
                 )
             self._load(carry_over)
         if file.is_file():
-            _drop_torn_line(file)
+            drop_torn_line(file)
             self._load(file, listed=True)
 
     def __len__(self) -> int:
@@ -106,10 +107,3 @@ class Quarantine:
                 self._reasons.setdefault(path, reason)
             if listed:
                 self._listed.add((row_id, path))
-
-
-def _drop_torn_line(file: Path) -> None:
-    """Cut off what a killed process wrote of its last line."""
-    text = file.read_bytes()
-    if text and not text.endswith(b"\n"):
-        file.write_bytes(text[: text.rfind(b"\n") + 1])
