@@ -45,9 +45,9 @@ def engine(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Forget what was compiled, before the test and after it."""
-    _compiled._loaded.cache_clear()
+    _compiled._load_once.cache_clear()
     yield
-    _compiled._loaded.cache_clear()
+    _compiled._load_once.cache_clear()
 
 
 @pytest.fixture
@@ -233,6 +233,7 @@ def test_compiled_once_loaded_from_then_on(
     (sources / "one.h").write_text("#define ONE 1\n")
     (sources / "one.c").write_text('#include "one.h"\nint one(void) { return ONE; }\n')
     monkeypatch.setattr(_compiled, "SOURCES", sources)
+    monkeypatch.setitem(_compiled.OPTIMISE, "one", "-O1")
     loaded = []
 
     def load() -> None:
@@ -254,6 +255,20 @@ def test_compiled_once_loaded_from_then_on(
     monkeypatch.setattr(_compiled, "FLAGS", (*_compiled.FLAGS, "-g"))
     _compiled.load(compiler, cache, "one")
     assert len(list(cache.iterdir())) == 3
+
+
+def test_what_follows_is_compiled_at_the_same_time(
+    compiled: None, fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _compiled.library("gemm") is not None
+    for thread in threading.enumerate():
+        if thread.daemon and thread is not threading.current_thread():
+            thread.join(timeout=60)
+    assert {path.name.split("-")[0] for path in (tmp_path / "raise_kernels").iterdir()} == {
+        "gemm",
+        "token_stats",
+    }
 
 
 def test_a_compiler_that_does_not_know_its_processor(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,10 +64,10 @@ def test_no_compiler_or_a_broken_one_is_said(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(compiled, "find_compiler", lambda: None)
     assert [f.fix for f in doctor.kernels() if f.name == "C compiler"] == ["apt install gcc"]
     monkeypatch.setattr(compiled, "find_compiler", lambda: ["false"])
-    compiled._loaded.cache_clear()
+    compiled._load_once.cache_clear()
     monkeypatch.delenv(compiled.SWITCH, raising=False)
     (found,) = [f for f in doctor.kernels() if f.name == "compiled kernels"]
-    compiled._loaded.cache_clear()
+    compiled._load_once.cache_clear()
     assert "could not compile" in found.state and found.fix
     monkeypatch.setenv(compiled.SWITCH, "0")
     (off,) = [f for f in doctor.kernels() if f.name == "compiled kernels"]
