@@ -19,6 +19,7 @@ from raise_trainer import grpo as grpo_module
 from raise_trainer import tiny, world
 from raise_trainer.clips import write_mp4
 from raise_trainer.data import Row
+from raise_trainer.engines import Generate
 from raise_trainer.grpo import Grpo, Outcome, _groups
 from raise_trainer.method import Method
 from raise_trainer.prompts import Prompt, PromptBuilder
@@ -223,12 +224,12 @@ def test_a_sampler_that_is_another_model_is_reported(clips: Path, monkeypatch: p
     monkeypatch.setattr(rc.Scorer, "check_sampler", lambda *a, **k: checked.append(check(*a, **k)))
     run(clips, slice(None), steps=2)
     assert [found.agrees for found in checked] == [True]
-    inner = grpo_module.sample
+    inner = Generate.sample
 
     def warmer(*args: Any, **options: Any) -> Rollout:
         rollout = inner(*args, **options)
         return replace(rollout, logp=[x + 0.3 for x in rollout.logp])
 
-    monkeypatch.setattr(grpo_module, "sample", warmer)
+    monkeypatch.setattr(Generate, "sample", warmer)
     with pytest.warns(RuntimeWarning, match="does not sample from the model that is scored"):
         run(clips, slice(None), steps=1)

@@ -1,6 +1,6 @@
 """One GRPO step, the same for the demo and for a training run.
 
-sample G completions each                           rollout.sample
+sample G completions each                           rollout.sample, or another of engines
 text score, confidence under the reference,
 SCRE / IGSR reward                                  scoring.score
 reward minus its group's mean                       raise_core.group_advantages
@@ -21,10 +21,11 @@ import raise_core as rc
 
 from . import ranks
 from .checkpoints import StepGuard
+from .engines.base import Engine, Generate, Sampling, rescored
 from .method import Method
 from .models import vision_tower
 from .prompts import Prompt
-from .rollout import Rollout, sample
+from .rollout import Rollout
 from .rounds import Round, joined
 from .scoring import Scored, score
 from .temporal import Shuffled, with_bonus
@@ -86,6 +87,7 @@ class Grpo:
         suppress: Sequence[int],
         guard: StepGuard | None = None,
         phases: Phases | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.model, self.reference, self.optimizer = model, reference, optimizer
         self.tokenizer, self.method = tokenizer, method
@@ -94,6 +96,8 @@ class Grpo:
         # A reference that is swapped in, or is an adapter, lives in the policy's own modules.
         self.confidant = rc.Scorer(reference.model, max_tokens=method.micro_tokens)
         self.phases = phases or Phases()
+        self.engine = engine or Generate(model, Sampling.of(method, eos=eos, suppress=suppress))
+        self._gap = 0.0  # nats, summed over the step's tokens
         self._sampler_checked = False
 
     def step(
@@ -106,6 +110,9 @@ class Grpo:
         """
         method = self.method
         self.model.eval()
+        with self.phases("rollout"):
+            self.engine.sync(self.model, step)
+        self._gap = 0.0
         rounds, drawn = [self._round(prompts, draws)], 0
         while len(rounds) <= method.resample:
             equal = int(ranks.totals(rounds[-1].differs.count(False))[0])
@@ -133,6 +140,8 @@ class Grpo:
             sum(float(h.sum()) for h in rollout.entropy), sum(map(len, rollout.completions))
         )
         figures["entropy"] = entropy / max(tokens, 1)
+        if rollout.sampled_logp is not None:
+            figures["sampler_gap"] = ranks.totals(self._gap)[0] / max(tokens, 1)
         if method.resample:
             figures |= {"rounds": float(len(rounds)), "resampled_groups": float(drawn)}
             figures["learned_groups"] = ranks.totals(sum(learned))[0]
@@ -146,6 +155,9 @@ class Grpo:
             if weight := method.bonus.get("t-grpo"):
                 shuffled = Shuffled.of(prompts, draws, method.group_size, self.model)
                 other = self._sample(shuffled.prompts, shuffled.draws, method.group_size // 2)
+            if rollout.sampled_logp is not None:
+                rollout, gap = rescored(rollout, self.policy, method.temperature)
+                self._gap += gap
         self._check_sampler(rollout)
         with self.phases("score"), self.reference.active():
             scored = score(rollout, self.confidant, self.tokenizer, method, eos=self.eos) if prompts else None
@@ -155,19 +167,17 @@ class Grpo:
         return made.without_features() if method.resample else made
 
     def _sample(self, prompts: Sequence[Prompt], draws: Tensor, group_size: int) -> Rollout:
-        return sample(
-            self.model, prompts, group_size=group_size, max_new_tokens=self.method.max_new_tokens,
-            temperature=self.method.temperature, eos=self.eos, suppress=self.suppress, draws=draws,
-            features=self._features(prompts),
-        )  # fmt: skip
+        return self.engine.sample(prompts, draws, features=self._features(prompts), group_size=group_size)
 
     def _check_sampler(self, rollout: Rollout) -> None:
         """Once, on the first group: warns when what samples is not the model that is trained."""
         if self._sampler_checked or not rollout.prompts:
             return
         self._sampler_checked = True
-        first = rollout.groups[0]
-        self.policy.check_sampler(rollout.inputs[:1], [first], [rollout.logp[: len(first)]])
+        first, said, at = rollout.groups[0], rollout.logp, 1.0
+        if rollout.sampled_logp is not None:
+            said, at = rollout.sampled_logp, self.method.temperature or 1.0
+        self.policy.check_sampler(rollout.inputs[:1], [first], [said[: len(first)]], temperature=at)
 
     @torch.no_grad()
     def _features(self, prompts: Sequence[Prompt]) -> Any:
@@ -207,7 +217,8 @@ def _groups(
 ) -> list[Group]:
     """What is learned from, by prompt; a completion that is left out still counted in its group's mean.
 
-    learned: of each prompt, whether its group is kept; all are when not given.
+    learned: of each prompt, whether its group is kept; all are when not given. Where another engine sampled,
+    the ratio is to what it says it drew from: the loss clips it, which truncates the importance correction.
     """
     if scored is None:
         return []
@@ -226,7 +237,9 @@ def _groups(
         if kept:
             completions = [rollout.completions[b] for b in kept]
             reference = None if logp_ref is None else torch.cat([logp_ref[b] for b in kept])
-            groups.append(Group(inputs, completions, advantage[kept], reference, features=features[p]))
+            said = rollout.sampled_logp
+            sampled = None if said is None else torch.cat([said[b] for b in kept])
+            groups.append(Group(inputs, completions, advantage[kept], reference, sampled, features[p]))
     return groups
 
 

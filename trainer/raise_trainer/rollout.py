@@ -24,7 +24,9 @@ class Rollout:
     completions: token ids up to and including the end-of-sequence token (which a truncated one lacks).
     logp, entropy: per completion, of each sampled token at temperature 1 over the whole vocabulary [nats].
     owner: per completion, the index of its prompt. features: of the prompts' media, for whoever runs them
-    again; None where the vision tower is trained, so that each has to run it.
+    again; None where the vision tower is trained, so that each has to run it. sampled_logp: of each sampled
+    token in the distribution it was drawn from, as another engine says (`engines`); None when the policy
+    itself sampled.
     """
 
     prompts: list[Prompt]
@@ -33,6 +35,7 @@ class Rollout:
     entropy: list[Tensor]
     owner: list[int]
     features: Sequence[VisionFeatures | None] | None = None
+    sampled_logp: list[Tensor] | None = None
 
     @property
     def inputs(self) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ class Group:
     """A prompt and those of its completions that are learned from.
 
     advantage [g]; logp_ref [t] of their tokens in order. logp_old [t]: log-probabilities of the policy that
-    sampled, at the sampling temperature; None until the first update, in which the policy is that one.
+    sampled, at the sampling temperature; None until the first update, in which the policy is that one; of
+    another engine from the start.
     features: of the prompt's media where the vision tower is not trained; None runs it.
     """
 
