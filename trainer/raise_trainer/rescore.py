@@ -66,6 +66,10 @@ def score_file(
     out = out or file.with_suffix(".scored.jsonl")
     if out.resolve() == file.resolve():
         raise UserError(f"--out {out}: is the file of completions; name another")
+    if config.bonus.get("t-grpo"):
+        raise UserError(
+            "bonus t-grpo: needs completions on shuffled frames, and a file has none; drop it from `bonus`"
+        )
     read = list(read_completions(file))
     if not read:
         raise UserError(f"{file}: no completion in it")
