@@ -97,8 +97,8 @@ def check_groups(group: Tensor, group_size: int) -> None:
     wrong = ((counts != group_size) & (counts > 0)).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
-            f"group {wrong[0]}: got {int(counts[wrong[0]])} completions here, wanted group_size {group_size}; "
-            "a group is split over processes or calls, and its rewards need all of it: gather the rows first, "
+            f"group {wrong[0]}: got {int(counts[wrong[0]])} completions, wanted group_size {group_size}; a "
+            "group is split over processes or calls, and its rewards need all of it: gather the rows first, "
             "or let every process hold whole groups"
         )
 
@@ -123,8 +123,8 @@ def answer_logps(
         given = logps[b]
         if len(given) < len(ids) or (len(given) > len(ids) and not isinstance(logps, Tensor)):
             raise ValueError(
-                f"logps[{b}]: got {len(given)} log-probabilities, wanted {len(ids)}, one for each token of the "
-                "completion; cut off those of the prompt"
+                f"logps[{b}]: got {len(given)} log-probabilities, wanted {len(ids)}, one for each token of "
+                "the completion; cut off those of the prompt"
             )
         row = torch.as_tensor(given[span.start : span.stop], dtype=torch.float32).detach().cpu()
         if not bool(row.isfinite().all()):
@@ -163,9 +163,9 @@ def rewards_from_logps(
     """SCRE and IGSR rewards [B], on the CPU, from a trainer's own per-token log-probabilities [nats].
 
     logps: as in `answer_logps`. completion_ids: B lists of sampled ids, unpadded. score [B] in [0, 1] and
-    strict [B]: as in `rc.confidence_rewards`, whose options these are. group: B prompt ids of any kind, in any
-    order. temperature: what the logits were divided by. group_size: refuse groups that are not whole. found:
-    the answers, where they are known. Raises ValueError, naming the row or group.
+    strict [B]: as in `rc.confidence_rewards`, whose options these are. group: B prompt ids of any kind, in
+    any order. temperature: what the logits were divided by. group_size: refuse groups that are not whole.
+    found: the answers, where they are known. Raises ValueError, naming the row or group.
     """
     check_temperature(temperature, any_temperature)
     numbered = number_groups(group)
@@ -187,8 +187,9 @@ def rewards_over_processes(
 ) -> Rewards:
     """Rewards [S] of this process's answers, whose groups may lie on several processes.
 
-    Every process of `process_group` must call it; group keys must be the same on all of them. parts are left
-    empty. Without torch.distributed it is `rewards_of_answers`. ValueError where a group is not whole even so.
+    Every process of `process_group` must call it; group keys must be the same on all of them. parts are
+    left empty. Without torch.distributed it is `rewards_of_answers`. ValueError where a group is not whole
+    even so.
     """
     own = list(zip([row.tolist() for row in logps], score.tolist(), strict.tolist(), group, strict=True))
     rows, first = own, 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -20,20 +20,19 @@ from raise_core.ema import EmaReference, FrozenReference, PolicyReference, Refer
 from raise_core.integrations.common import (
     STRICT_KINDS,
     answer_logps,
-    check_temperature,
     column,
     grade,
     mixed,
     rewards_of_answers,
     rewards_over_processes,
 )
+from raise_core.integrations.trl_trainer import FILE, ConfidenceMixin, follow
 from raise_core.reference_store import evaluating
 from raise_core.scoring.scorer import Scorer
 from raise_core.spans import Found, find_answer_spans
 
 REFERENCES = ("ema", "frozen", "policy")
-FILE = "raise_reference.safetensors"
-"""Where `attach` keeps the reference, inside each of the trainer's checkpoints."""
+__all__ = ["FILE", "REFERENCES", "ConfidenceMixin", "ConfidenceReward"]
 
 
 class ConfidenceReward:
@@ -79,8 +78,8 @@ class ConfidenceReward:
     ) -> None:
         if isinstance(reference, str) and reference not in REFERENCES:
             raise ValueError(
-                f"reference: got {reference!r}, wanted a model, a rc.Reference, one of {', '.join(REFERENCES)}, "
-                "or None"
+                f"reference: got {reference!r}, wanted a model, a rc.Reference, None, or one of "
+                f"{', '.join(REFERENCES)}"
             )
         nothing = torch.zeros(0)
         mixed(nothing, nothing, confidence_share)
@@ -129,7 +128,7 @@ class ConfidenceReward:
             }
             self.reference, self._scorer = made[self._wanted](), None
         if isinstance(self.reference, Reference):
-            trainer.add_callback(_callback(self.reference))
+            trainer.add_callback(follow(self.reference))
         return self
 
     def __call__(
@@ -216,15 +215,15 @@ class ConfidenceReward:
         bounds = [i for i in range(len(rows.group)) if i == 0 or rows.group[i] != rows.group[i - 1]]
         bounds.append(len(rows.group))
         inputs = [self._inputs(rows.prompts[i]) for i in bounds[:-1]]
-        ids = [rows.ids[i:j] for i, j in zip(bounds[:-1], bounds[1:], strict=True)]
+        ids = [rows.ids[i:j] for i, j in pairwise(bounds)]
         reference = cast("nn.Module | Reference", self.reference)
         model = reference.model if isinstance(reference, Reference) else reference
         self._scorer = self._scorer or Scorer(model, max_tokens=self._max_tokens)
         with _scoring(reference), self._autocast():
             got = self._scorer.rewards(
-                inputs, ids, rows.score, rows.strict, None, found=rows.found, **self.options
+                inputs, ids, rows.score, rows.strict, self.processing_class, found=rows.found, **self.options
             )
-        answers = list(got.parts["logp"].float().cpu().split(got.parts["length"].tolist()))
+        answers = list(torch.split(got.parts["logp"].float().cpu(), got.parts["length"].tolist()))
         return answers, (got.reward.cpu(), got.confidence.cpu())
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -254,22 +253,22 @@ class ConfidenceReward:
             if processes > 1:
                 raise ValueError("group_size: got None on several processes, wanted num_generations")
             runs = [0]
-            for before, prompt in zip(prompts[:-1], prompts[1:], strict=True):
-                runs.append(runs[-1] + (before != prompt))
+            for before, prompt in pairwise(prompts):
+                runs.append(runs[-1] + _differ(before, prompt))
             return runs[:rows], False
         split = rows % size != 0
         if split and processes == 1:
             raise ValueError(
-                f"group_size: got {rows} rows here, wanted a multiple of {size}; a group is split over calls, "
-                "and its rewards need all of it: make the batch a multiple of num_generations"
+                f"group_size: got {rows} rows here, wanted a multiple of {size}; a group is split over "
+                "calls, and its rewards need all of it: make the batch a multiple of num_generations"
             )
         first = rows * distributed.get_rank(self._process_group) if several else 0
         group = [(first + b) // size for b in range(rows)]
         for b in range(1, rows):
-            if group[b] == group[b - 1] and prompts[b] != prompts[b - 1]:
+            if group[b] == group[b - 1] and _differ(prompts[b - 1], prompts[b]):
                 raise ValueError(
-                    f"prompts[{b}]: got another prompt than row {b - 1} of its group of {size}; group_size must "
-                    "be num_generations, and rows in the trainer's order"
+                    f"prompts[{b}]: got another prompt than row {b - 1} of its group of {size}; group_size "
+                    "must be num_generations, and rows in the trainer's order"
                 )
         return group, split
 
@@ -295,63 +294,14 @@ class _Rows:
         self.score, self.strict, self.group = score, strict, group
 
 
-class ConfidenceMixin:
-    """`class Trainer(ConfidenceMixin, GRPOTrainer)`: rewards get the reference's log-probabilities for free.
-
-    Every reward function is given the column `ref_logps`: for each row one float [nats] per completion token
-    under the trainer's reference (its ref_model, or the model without its adapter), None for a completion that
-    mask_truncated_completions took out of the attention. `ConfidenceReward()` without a reference uses them.
-
-    ValueError when beta is 0, since TRL then computes none, and when the sampling temperature is not 1, by
-    which TRL divides the logits; `any_temperature = True` in the class accepts the latter.
-    """
-
-    any_temperature = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        mine = cast("Any", self)
-        if mine.beta == 0:
-            raise ValueError(
-                "beta: got 0, for which GRPOTrainer computes no reference log-probabilities; wanted beta > 0, "
-                "or GRPOTrainer itself with ConfidenceReward(model) or .attach(trainer)"
-            )
-        check_temperature(mine.temperature, self.any_temperature)
-        self._last_logps: tuple[Tensor, Tensor] | None = None
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        made = cast("Any", super())._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
-        # TRL's order is policy, then reference, then rewards: the last one before the rewards is wanted.
-        self._last_logps = (made[0].detach(), attention_mask[:, -logits_to_keep:])
-        return made
-
-    def _calculate_rewards(
-        self,
-        inputs: list[dict[str, Any]],
-        prompts: Any,
-        completions: Any,
-        completion_ids_list: list[list[int]],
-    ) -> Any:
-        assert self._last_logps is not None
-        logps, mask = (x.cpu() for x in self._last_logps)
-        attended = mask.sum(1).tolist()
-        lent = [
-            logps[b, : len(ids)].tolist() if attended[b] == len(ids) else None
-            for b, ids in enumerate(completion_ids_list)
-        ]
-        rows = [{**row, "ref_logps": values} for row, values in zip(inputs, lent, strict=True)]
-        self._last_logps = None
-        return cast("Any", super())._calculate_rewards(rows, prompts, completions, completion_ids_list)
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two prompts are not the same; ValueError for what cannot be compared."""
+    try:
+        return bool(one != other)
+    except (RuntimeError, ValueError):
+        raise ValueError(
+            "prompts: got arrays, which cannot be compared; wanted media as PIL images or paths"
+        ) from None
 
 
 def _how(model: nn.Module, how: str) -> str:
@@ -370,23 +320,3 @@ def _in_blocks(message: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(content, str)
         else {**message}
     )
-
-
-def _callback(reference: Reference) -> Any:
-    """Keeps the reference in step with the trainer, and in its checkpoints."""
-    from transformers import TrainerCallback
-
-    class Follow(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step > 0:
-                reference.load(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            reference.update(model, state.global_step)
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            sharded = "shard" in reference.state_dict()
-            if state.is_world_process_zero or sharded:
-                reference.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)
-
-    return Follow()

@@ -53,8 +53,9 @@ def rows(conversational: bool = True, count: int = 4) -> list[dict[str, Any]]:
 
 
 def train(
-    folder: Path, model: Any, reward: Any, data: list[dict[str, Any]], *, kind: Any = None, steps: int = STEPS,
-    processing: Any = None, attach: dict[str, Any] | None = None, resume: bool = False, **more: Any,
+    folder: Path, model: Any, reward: Any, data: list[dict[str, Any]], *, kind: Any = None,
+    steps: int = STEPS, processing: Any = None, attach: dict[str, Any] | None = None, resume: bool = False,
+    **more: Any,
 ) -> Any:  # fmt: skip
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -62,9 +63,9 @@ def train(
     peft = more.pop("peft_config", None)
     unwanted = [i for i in range(VOCAB) if i not in word_ids()]
     args = GRPOConfig(
-        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=steps,
-        per_device_train_batch_size=2 * G, num_generations=G, max_completion_length=24, logging_steps=1,
-        generation_kwargs={"suppress_tokens": unwanted},
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
+        max_steps=steps, per_device_train_batch_size=2 * G, num_generations=G, max_completion_length=24,
+        logging_steps=1, generation_kwargs={"suppress_tokens": unwanted},
         **{"save_strategy": "no", "learning_rate": 1e-3, **more},
     )  # fmt: skip
     trainer = (kind or GRPOTrainer)(
@@ -241,7 +242,8 @@ def test_mixin_leaves_out_completions_that_trl_masks(tmp_path: Path) -> None:
 def test_mixin_refuses(change: dict[str, Any], wanted: str, tmp_path: Path) -> None:
     text_policy().save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=wanted):
-        train(tmp_path / "out", str(tmp_path / "model"), ConfidenceReward(processing_class=tokenizer()), rows(),
+        reward = ConfidenceReward(processing_class=tokenizer())
+        train(tmp_path / "out", str(tmp_path / "model"), reward, rows(),
               kind=mixed_trainer(), **{"beta": 0.1, **change})  # fmt: skip
 
 
