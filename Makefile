@@ -39,7 +39,7 @@ demo: $(VENV)/.train-$(STAMP)
 	$(BIN)/raise-core demo $(ARGS)
 
 test: $(VENV)/.test-$(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal --benchmark-disable $(ARGS)
 
 lint: $(VENV)/.test-$(STAMP)
 	$(BIN)/python -m ruff check .

@@ -72,6 +72,7 @@ setup(
             TRITON,
             "pytest>=9.0",
             "pytest-benchmark>=5.2",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.150",
             # linters at one minor version: a newer one may find fault with code that nobody touched
             "ruff==0.17.*",

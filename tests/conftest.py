@@ -11,7 +11,12 @@ from typing import Any
 import hypothesis
 import numpy
 import pytest
-import torch
+
+# Processes that share the cores with each other take one each; read when torch is loaded, also by their own.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 # Triton reads this when a kernel is decorated, so it is set before any kernel file is imported. With a GPU
 # too: the tests hand CPU tensors to the kernels, and `python -m bench ops --check` judges them on the GPU.
