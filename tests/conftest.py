@@ -16,7 +16,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 # Triton reads this when a kernel is decorated, so it is set before any kernel file is imported. With a GPU
 # too: the tests hand CPU tensors to the kernels, and `python -m bench ops --check` judges them on the GPU.
