@@ -1,8 +1,13 @@
 """A policy loss from hidden states, its gradient made in the forward pass.
 
-A loss of the GRPO family is a sum over tokens whose constants (advantage, old log-probability, normalisers)
+A policy loss is a sum over tokens whose constants (advantage, old log-probability, normalisers)
 are known beforehand. So each tile of logits is made once and turned into its gradient where it lies: three
 matrix products in all, and never more logits than the tile's.
+
+"gspo" is no such sum: the slope at a token follows from the mean log ratio of its completion, which may lie
+in any number of tiles. With old log-probabilities a pass without a gradient comes first, one product more:
+four, as many as by way of `linear_token_stats`, and still no more logits than a tile's. Tiles of whole
+completions would save it, where a completion fits into one: at V = 152k not many tokens do.
 
 It is no operator: torch.compile ends a graph before it and starts another after it. An operator's gradient
 may neither change in place what its forward handed out nor hand it on as it is, so that it would copy the
@@ -20,7 +25,8 @@ from torch import Tensor
 from raise_core.ops.impl import chosen_impl
 from raise_core.ops.loss import Gradients, LogitMap, check_linear, check_memory, loss_and_gradient
 from raise_core.ops.stats import run_linear_stats
-from raise_core.policy_loss import Kind, KlEstimator, PolicyLoss, PolicyStep, check_policy, policy_step
+from raise_core.policy_kinds import Kind, KlEstimator, Objective, carried_by
+from raise_core.policy_loss import PolicyLoss, PolicyStep, check_policy, policy_step
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 NEVER = -(1 << 62)  # the ignore_index of a loss in which every token counts
@@ -80,11 +86,17 @@ def linear_policy_loss(
     kl_estimator: KlEstimator = "k3",
     eps_low: float = 0.2,
     eps_high: float = 0.2,
+    dual_clip: float | None = None,
+    max_ratio: float = 5.0,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
     accumulate_fp32: bool = False,
     memory: int | None = None,
     impl: str = "auto",
 ) -> PolicyLoss:
     """`policy_loss` of `linear_token_stats(hidden, weight, targets).logp`, at three matrix products in all.
+
+    kind "gspo" with logp_old: four, since every log-probability is computed once before the gradient is.
 
     hidden [..., D] with one target a row, or rows [T] naming the row of each of the T targets; weight [V, D],
     bias [V]. logp_old None: the policy is the one that sampled, and its own log-probabilities are the old
@@ -97,9 +109,9 @@ def linear_policy_loss(
     accumulate_fp32=True adds it up in an fp32 buffer [V, D]. memory: bytes of scratch beside inputs, results
     and gradients: 80 MiB on the CPU and 256 MiB elsewhere when None, at least one row of logits. A token
     without a result (see `token_stats`; -100 is no exception here: every token counts) makes the loss NaN and
-    has no part in the gradient; fp16 gradients
-    can underflow, since no later loss scale reaches them: prefer bf16. The other arguments, and what is
-    raised, are those of `policy_loss` and `linear_token_stats`.
+    has no part in the gradient, with "gspo" and logp_old its whole completion has none; fp16 gradients can
+    underflow, since no later loss scale reaches them: prefer bf16. The other arguments, and what is raised,
+    are those of `policy_loss` and `linear_token_stats`.
     """
     how = LogitMap(
         temperature=temperature,
@@ -113,24 +125,30 @@ def linear_policy_loss(
     chosen = chosen_impl(hidden, impl)
     like = hidden.new_empty(targets.numel(), dtype=torch.float64 if hidden.dtype == torch.float64 else None)
     check_policy(like, like if logp_old is None else logp_old, advantage, offsets, logp_ref)
-    step = policy_step(
-        like, advantage, offsets, kind, num_tokens, num_sequences, max_length, kl, kl_estimator, eps_low,
-        eps_high, logp_ref,
+    objective = Objective(
+        kind=kind, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip, max_ratio=max_ratio,
+        tau_pos=tau_pos, tau_neg=tau_neg, kl=kl, kl_estimator=kl_estimator, max_length=max_length,
     )  # fmt: skip
+    step = policy_step(objective, like, advantage, offsets, num_tokens, num_sequences, logp_ref)
     tiles = _Tiles(step, logp_old, logp_ref)
     inputs = (hidden, weight, bias)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
+    h, w, b = (None if x is None else x.detach() for x in inputs)
+    assert h is not None and w is not None
     if any(needs):
-        h, w, b = (None if x is None else x.detach() for x in inputs)
-        assert h is not None and w is not None
+        if tiles.needs_means:
+            tiles.take_means(
+                run_linear_stats(h, w, targets, b, rows, how, ("logp",), 1, memory, chosen)["logp"]
+            )
         logp, made = loss_and_gradient(
             h, w, targets, tiles.slope, bias=b, rows=rows, how=how, needs=(needs[0], needs[1], needs[2]),
             accumulate_fp32=accumulate_fp32, memory=memory, impl=chosen,
         )  # fmt: skip
         total = tiles.total(logp)
         return PolicyLoss(_Made.apply(total.loss, made, *inputs), total.metrics, logp)
-    stats = run_linear_stats(hidden, weight, targets, bias, rows, how, ("logp",), 1, memory, chosen)
-    logp = stats["logp"].reshape(-1)
+    logp = run_linear_stats(h, w, targets, b, rows, how, ("logp",), 1, memory, chosen)["logp"].reshape(-1)
+    if tiles.needs_means:
+        tiles.take_means(logp)
     tiles.slope(slice(0, len(logp)), logp)
     total = tiles.total(logp)
     return PolicyLoss(total.loss, total.metrics, logp)
@@ -142,16 +160,34 @@ class _Tiles:
     def __init__(self, step: PolicyStep, logp_old: Tensor | None, logp_ref: Tensor | None) -> None:
         self.step, self.logp_old, self.logp_ref = step, logp_old, logp_ref
         self.parts: list[PolicyLoss] = []
+        self.means: Tensor | None = None  # [T] mean log ratio of a token's completion
+
+    @property
+    def needs_means(self) -> bool:
+        """A tile cannot be judged alone; on-policy it can, since every ratio is 1."""
+        return self.step.objective.by_sequence and self.logp_old is not None
+
+    def take_means(self, logp: Tensor) -> None:
+        """Every token's log-probability, before the first tile."""
+        assert self.logp_old is not None
+        self.means = self.step.completion_mean(logp.reshape(-1) - self.logp_old.to(logp.dtype))
 
     def slope(self, tile: slice, logp: Tensor) -> Tensor:
         """d loss / d logp [tokens of the tile]; the tile's part of the loss is kept."""
         with torch.enable_grad():
             leaf = logp.detach().requires_grad_()
-            old = leaf.detach() if self.logp_old is None else self.logp_old[tile]
-            part = self.step.loss(tile, leaf, old, None if self.logp_ref is None else self.logp_ref[tile])
+            ratio = self._log_ratio(tile, leaf)
+            part = self.step.loss(tile, leaf, ratio, None if self.logp_ref is None else self.logp_ref[tile])
             (slope,) = torch.autograd.grad(part.loss, leaf)
         self.parts.append(PolicyLoss(part.loss.detach(), part.metrics))
-        return slope
+        # A token without a result takes its completion with it, and no other.
+        return slope if self.means is None else torch.where(self.means[tile].isnan(), 0.0, slope)
+
+    def _log_ratio(self, tile: slice, leaf: Tensor) -> Tensor:
+        if self.means is not None:
+            return carried_by(self.means[tile], leaf)
+        old = leaf if self.logp_old is None else self.logp_old[tile]
+        return leaf - old.detach().to(leaf.dtype)
 
     def total(self, logp: Tensor) -> PolicyLoss:
         """Sum of the parts; `ratio_max` is their largest."""

@@ -1,32 +1,25 @@
-"""Clipped policy losses on packed tokens, with every normaliser named. Logs in nats.
+"""Policy losses on packed tokens, with every normaliser named. Logs in nats.
 
-    ratio_t = exp(logp_t - logp_old_t)
-    L_t     = -min(ratio_t * A, clip(ratio_t, 1 - eps_low, 1 + eps_high) * A) + kl * KL_t
-    grpo    = sum_i mean_{t in i} L_t / num_sequences                    (arXiv 2402.03300)
-    dapo    = sum_t L_t / num_tokens                                     (arXiv 2503.14476)
-    dr_grpo = sum_t L_t / (num_sequences * max_length)                   (arXiv 2503.20783)
-    KL_t    = d | d^2 / 2 | exp(-d) + d - 1,   d = logp - logp_ref       (k1 | k2 | k3, Schulman)
+`raise_core.policy_kinds` has what each kind makes of a token, L_t + kl * KL_t. They are put together as
 
-num_tokens and num_sequences count the whole optimiser step, so the gradients of its micro-batches add up to
-the step's.
+    grpo, gspo, sapo   sum_i mean_{t in i} (L_t + kl KL_t) / num_sequences
+    dapo, cispo        sum_t (L_t + kl KL_t) / num_tokens
+    dr_grpo            sum_t (L_t + kl KL_t) / (num_sequences * max_length)
+
+num_tokens and num_sequences count the whole optimiser step, so the gradients of its micro-batches, of whole
+completions, add up to the step's.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from raise_core.ops.loss import check_bounds, check_tensor
-
-Kind = Literal["grpo", "dapo", "dr_grpo"]
-KlEstimator = Literal["k1", "k2", "k3"]
-
-# exp overflows fp32 beyond 88 nats. At a token this far off, its surrogate is clipped (A > 0) or meaningless.
-MAX_LOG_RATIO = 20.0
+from raise_core.policy_kinds import MAX_LOG_RATIO, Kind, KlEstimator, Objective, carried_by
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +28,10 @@ class PolicyLoss:
 
     Each metric but `ratio_max` is a sum over this call's tokens divided by `num_tokens`, so the step's figure
     is the sum over its micro-batches; `ratio_max` combines by maximum (0 without tokens).
-    clip_low, clip_high: share of tokens whose gradient the lower or upper clip removed.
-    ratio_mean, ratio_max: of `ratio_t`.
+    clip_low, clip_high: share of tokens whose gradient the lower or upper clip removed. "cispo": clip_high is
+        the share whose weight was lowered to max_ratio, clip_low 0. "sapo" clips nothing: both 0.
+    clip_dual: share of tokens whose gradient the dual clip removed, there if `dual_clip` was given.
+    ratio_mean, ratio_max: of the ratio; with "gspo" a token's is its completion's.
     kl: mean KL estimate in nats per token, there if `logp_ref` was given.
     `logp` [T], detached, in nats: from `linear_policy_loss` alone, which computes it.
     """
@@ -48,7 +43,7 @@ class PolicyLoss:
 
 def policy_loss(
     logp: Tensor,  # [T]
-    logp_old: Tensor,  # [T]
+    logp_old: Tensor | None,  # [T]
     advantage: Tensor,  # [S]
     offsets: Tensor,  # [S+1] integer
     *,
@@ -61,9 +56,15 @@ def policy_loss(
     kl_estimator: KlEstimator = "k3",
     eps_low: float = 0.2,
     eps_high: float = 0.2,
+    dual_clip: float | None = None,
+    max_ratio: float = 5.0,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
 ) -> PolicyLoss:
-    """Policy loss of S completions packed into T tokens; differentiable in `logp` only.
+    """Policy loss of S completions packed into T tokens; differentiable in `logp` only, and once.
 
+    logp_old: of the policy that sampled. None: this one is it, every ratio is 1, and every kind's gradient is
+        -A up to its normaliser.
     offsets: completion s is tokens `offsets[s]:offsets[s+1]`; starts at 0, ends at T, never falls. Where only
         the device knows its values, a token of no completion makes the loss NaN. An empty completion
         contributes 0.
@@ -71,91 +72,104 @@ def policy_loss(
         data-parallel wrapper averages gradients over ranks, pass the global count divided by the number of
         ranks. 0 counts as 1.
     max_length: longest allowed completion in tokens, needed by "dr_grpo".
-    kl: weight of the KL penalty; needs `logp_ref`. With `logp_ref` and `kl=0` the KL is only reported.
-    Log ratios under an exp (the ratio, and k3) are clamped at ±20 nats, where the gradient is then 0: exp
-    stays finite and 0 * inf cannot arise. fp32 arithmetic (fp64 if `logp` is). Raises ValueError / TypeError
-    naming the argument.
+    kl: weight of the KL penalty; needs `logp_ref`. With `logp_ref` and `kl=0` the KL is only reported. The
+        estimators' gradients are in `raise_core.policy_kinds`: k1's is 0 on average.
+    eps_low, eps_high: how far a ratio counts below and above 1; unused by "cispo" and "sapo".
+    dual_clip: bound c > 1 of the ratio where the advantage is negative; refused with "cispo" and "sapo".
+    max_ratio: bound of a token's weight, "cispo" alone (ScaleRL's form and its 5.0).
+    tau_pos, tau_neg: steepness of the gate where A > 0 and elsewhere, "sapo" alone (the paper's values).
+    Log ratios under an exp (the ratio, and k3) are clamped at ±20 nats, where the gradient is then 0 (with
+    "cispo" it has the weight of the clamped ratio): exp stays finite and 0 * inf cannot arise. The loss of
+    "cispo" is proportional to logp, and infinite where that is. fp32 arithmetic (fp64 if `logp` is). Raises
+    ValueError / TypeError naming the argument.
     """
-    check_policy(logp, logp_old, advantage, offsets, logp_ref)
-    step = policy_step(
-        logp, advantage, offsets, kind, num_tokens, num_sequences, max_length, kl, kl_estimator, eps_low,
-        eps_high, logp_ref,
+    check_policy(logp, logp if logp_old is None else logp_old, advantage, offsets, logp_ref)
+    objective = Objective(
+        kind=kind, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip, max_ratio=max_ratio,
+        tau_pos=tau_pos, tau_neg=tau_neg, kl=kl, kl_estimator=kl_estimator, max_length=max_length,
     )  # fmt: skip
-    return step.loss(slice(0, len(logp)), logp, logp_old, logp_ref)
+    step = policy_step(objective, logp, advantage, offsets, num_tokens, num_sequences, logp_ref)
+    new = logp.to(step.advantage.dtype)
+    old = new if logp_old is None else logp_old
+    log_ratio = new - old.detach().to(new.dtype)
+    if objective.by_sequence:
+        log_ratio = carried_by(step.completion_mean(log_ratio), new)
+    return step.loss(slice(0, len(logp)), new, log_ratio, logp_ref)
 
 
 @dataclass(frozen=True, eq=False)
 class PolicyStep:
     """What a policy loss knows before any log-probability: a sum over tokens can then be taken in pieces."""
 
-    kind: str
+    objective: Objective
     advantage: Tensor  # [T]
-    length: Tensor  # [T] tokens of the completion that a token belongs to
+    owner: Tensor  # [T] completion that a token belongs to
+    length: Tensor  # [T] tokens of that completion
+    bounds: Tensor  # [S+1] offsets, held to [0, T] where only the device knows them
     tokens: Tensor
     sequences: Tensor
-    max_length: float
-    kl: float
-    kl_estimator: str
-    eps_low: float
-    eps_high: float
 
-    def loss(self, piece: slice, logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None) -> PolicyLoss:
-        """The part of the loss and of its metrics of a piece of the tokens, whose logp these are."""
-        a, dtype = self.advantage[piece], self.advantage.dtype
-        new = logp.to(dtype)
-        log_ratio = new - logp_old.detach().to(dtype)
+    def completion_mean(self, x: Tensor) -> Tensor:
+        """Mean of x [T] over the completion of each token, [T], detached."""
+        total = torch.segment_reduce(x.detach(), "sum", offsets=self.bounds, initial=0.0, unsafe=True)
+        return total[self.owner] / self.length
+
+    def loss(self, piece: slice, logp: Tensor, log_ratio: Tensor, logp_ref: Tensor | None) -> PolicyLoss:
+        """A piece's part of the loss and of its metrics: logp, log ratio and logp_ref of these tokens."""
+        how, a = self.objective, self.advantage[piece]
         ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        clipped = ratio.clamp(1.0 - self.eps_low, 1.0 + self.eps_high)
-        per_token = -torch.minimum(ratio * a, clipped * a)
-        metrics = _metrics(ratio.detach(), a, self.eps_low, self.eps_high, self.tokens)
+        per_token = how.per_token(logp, ratio, a)
+        metrics = self._metrics(ratio.detach(), a)
         if logp_ref is not None:
-            estimate = _kl(new, logp_ref.detach().to(dtype), self.kl_estimator)
+            estimate = how.divergence(logp, logp_ref.detach().to(logp.dtype))
             metrics["kl"] = estimate.detach().sum() / self.tokens
-            if self.kl:
-                per_token = per_token + self.kl * estimate
-        if self.kind == "grpo":
+            if how.kl:
+                per_token = per_token + how.kl * estimate
+        if how.kind in ("grpo", "gspo", "sapo"):
             loss = (per_token / self.length[piece]).sum() / self.sequences
-        elif self.kind == "dapo":
+        elif how.kind in ("dapo", "cispo"):
             loss = per_token.sum() / self.tokens
         else:
-            loss = per_token.sum() / (self.sequences * self.max_length)
+            loss = per_token.sum() / (self.sequences * float(how.max_length or 1))
         return PolicyLoss(loss, metrics)
+
+    def _metrics(self, ratio: Tensor, a: Tensor) -> dict[str, Tensor]:
+        cut = self.objective.cut(ratio, a)
+        return {name: where.to(ratio.dtype).sum() / self.tokens for name, where in cut.items()} | {
+            "ratio_mean": ratio.sum() / self.tokens,
+            "ratio_max": ratio.max() if len(ratio) else ratio.sum(),
+        }
 
 
 def policy_step(
+    objective: Objective,
     like: Tensor,
     advantage: Tensor,
     offsets: Tensor,
-    kind: str,
     num_tokens: float | Tensor,
     num_sequences: float | Tensor,
-    max_length: int | None,
-    kl: float,
-    kl_estimator: str,
-    eps_low: float,
-    eps_high: float,
     logp_ref: Tensor | None,
 ) -> PolicyStep:
-    """Check the options of `policy_loss` and spread what belongs to completions over their tokens.
+    """Spread what belongs to completions over their tokens.
 
     like [T]: a tensor of as many tokens, on the device of the arithmetic and in its precision.
     """
-    _check_options(kind, kl, kl_estimator, eps_low, eps_high, logp_ref, max_length)
+    if objective.kl and logp_ref is None:
+        raise ValueError(
+            f"kl: got {objective.kl} without logp_ref; pass the reference's log-probabilities or kl=0.0"
+        )
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     owner = _owner(offsets, len(like))
     inside = (owner >= 0) & (owner < len(advantage))
     owner = torch.where(inside, owner, 0)
     return PolicyStep(
-        kind=kind,
+        objective=objective,
         advantage=advantage.detach().to(dtype)[owner].masked_fill(~inside, math.nan),
+        owner=owner,
         length=(offsets[1:] - offsets[:-1]).to(dtype)[owner],
+        bounds=offsets.clamp(0, len(like)).cummax(0).values,
         tokens=_count("num_tokens", num_tokens, like.device, dtype),
         sequences=_count("num_sequences", num_sequences, like.device, dtype),
-        max_length=float(max_length or 1),
-        kl=kl,
-        kl_estimator=kl_estimator,
-        eps_low=eps_low,
-        eps_high=eps_high,
     )
 
 
@@ -181,27 +195,6 @@ def _owner(offsets: Tensor, tokens: int) -> Tensor:
     """Completion of each token, [T]. Empty completions own none."""
     index = torch.arange(tokens, device=offsets.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets, index, right=True) - 1
-
-
-def _kl(logp: Tensor, logp_ref: Tensor, estimator: str) -> Tensor:
-    d = logp - logp_ref
-    if estimator == "k1":
-        return d
-    if estimator == "k2":
-        return d * d / 2
-    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return torch.expm1(-d) + d
-
-
-def _metrics(ratio: Tensor, a: Tensor, eps_low: float, eps_high: float, tokens: Tensor) -> dict[str, Tensor]:
-    low = (ratio < 1.0 - eps_low) & (a < 0)
-    high = (ratio > 1.0 + eps_high) & (a > 0)
-    return {
-        "clip_low": low.to(ratio.dtype).sum() / tokens,
-        "clip_high": high.to(ratio.dtype).sum() / tokens,
-        "ratio_mean": ratio.sum() / tokens,
-        "ratio_max": ratio.max() if len(ratio) else ratio.sum(),
-    }
 
 
 def _count(name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -245,28 +238,3 @@ def check_policy(
         raise ValueError(
             f"advantage: got shape {list(advantage.shape)}, wanted one per completion, [{len(offsets) - 1}]"
         )
-
-
-def _check_options(
-    kind: str,
-    kl: float,
-    kl_estimator: str,
-    eps_low: float,
-    eps_high: float,
-    logp_ref: Tensor | None,
-    max_length: int | None,
-) -> None:
-    if kind not in ("grpo", "dapo", "dr_grpo"):
-        raise ValueError(f"kind: got {kind!r}, wanted 'grpo', 'dapo' or 'dr_grpo'")
-    if kl_estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"kl_estimator: got {kl_estimator!r}, wanted 'k1', 'k2' or 'k3'")
-    if not 0.0 <= kl < float("inf"):
-        raise ValueError(f"kl: got {kl}, wanted a finite weight, 0 or more; 0 only reports the KL")
-    if kl and logp_ref is None:
-        raise ValueError(f"kl: got {kl} without logp_ref; pass the reference's log-probabilities or kl=0.0")
-    if not 0.0 <= eps_low <= 1.0 or not eps_high >= 0.0:
-        raise ValueError(
-            f"eps_low, eps_high: got {eps_low}, {eps_high}, wanted eps_low in [0, 1], eps_high >= 0"
-        )
-    if kind == "dr_grpo" and (max_length is None or max_length < 1):
-        raise ValueError(f"max_length: got {max_length}, wanted the longest allowed completion in tokens")

@@ -69,7 +69,7 @@ def widened(b: Batch) -> Batch:
 
 @every_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo"])
 @pytest.mark.parametrize("memory", [ONE_ROW, None])
 def test_loss_metrics_and_gradients(impl: str, dtype: torch.dtype, kind: str, memory: int | None) -> None:
     b = batch(dtype)
@@ -218,6 +218,7 @@ def test_only_what_needs_a_gradient_gets_one_and_inputs_are_unwritten() -> None:
         ({"memory": 0}, "memory is 0"),
         ({"weight": torch.zeros(5, 3)}, "hidden has shape"),
         ({"kind": "bnpo"}, "kind"),
+        ({"kind": "sapo", "dual_clip": 3.0}, "dual_clip: got 3.0 with kind 'sapo'"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], text: str) -> None:
