@@ -9,6 +9,7 @@ BENCHES = {
     "loop": "a whole GRPO step against TRL's GRPOTrainer",
     "ops": "the operations against eager PyTorch and other libraries: time, memory, error",
     "report": "tables and figures of the recorded runs of ops and scoring",
+    "soak": "1,200 steps with bad media, killed again and again",
     "scoring": "a group scored once against the prompt repeated for each completion",
 }
 
