@@ -63,13 +63,12 @@ class NcclChannel:
     def send(self, announce: Callable[[], Any], tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Broadcast in packed buffers, of vLLM's default size and number on both sides."""
         produce = vllm_part("vllm.distributed.weight_transfer.packed_tensor").packed_nccl_broadcast_producer
-        device = torch.device("cuda", torch.cuda.current_device())
         asking = ThreadPoolExecutor(max_workers=1)
         try:
             received = asking.submit(announce)
             produce(
                 iterator=tensors, group=self._group, src=0,
-                post_iter_func=lambda item: item[1].to(device).contiguous(),
+                post_iter_func=lambda item: item[1].contiguous(),
             )  # fmt: skip
             received.result()
         finally:

@@ -49,7 +49,7 @@ def media_of(prompt: Prompt, config: Any) -> Media | None:
     row = prompt.row.problem_id
     if config.model_type not in FAMILIES:
         raise UserError(
-            f"row {row}: media of a {config.model_type} model cannot be handed to vLLM here (only of "
+            f"row {row}: media of model type {config.model_type} cannot be handed to vLLM here (only of "
             f"{', '.join(FAMILIES)}); set engine=generate"
         )
     places = {kind: _places(prompt, kind, config) for kind in kinds}
@@ -65,7 +65,7 @@ def _places(prompt: Prompt, kind: str, config: Any) -> list[tuple[int, int]]:
     for grid in prompt.inputs[GRIDS[kind]]:
         n = int(grid.prod()) // merged
         run, at = at[:n], at[n:]
-        if run != list(range(run[0], run[0] + n)) if run else True:
+        if not run or run != list(range(run[0], run[0] + n)):
             raise UserError(
                 f"row {prompt.row.problem_id}: its {kind} has time stamps between its tokens, or too few "
                 "tokens, which vLLM's interface for preprocessed media cannot say; set engine=generate"
@@ -101,6 +101,6 @@ def _items(inputs: dict[str, Any]) -> Any:
             fields[GRIDS[kind]] = field.batched(kind, keep_on_cpu=True)
     seconds: Sequence[float] | None = inputs.get("second_per_grid_ts")
     if seconds is not None:
-        data["second_per_grid_ts"] = torch.as_tensor(seconds)
+        data["second_per_grid_ts"] = torch.as_tensor(seconds, dtype=torch.float64)
         fields["second_per_grid_ts"] = field.batched("video", keep_on_cpu=True)
     return made.MultiModalKwargsItems.from_hf_inputs(data, fields)
