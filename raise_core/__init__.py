@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from raise_core.ops.stats import TokenStats, linear_token_stats, token_stats
     from raise_core.ops.step_ops import step_margins, step_scores
     from raise_core.scoring.scorer import CompletionRows, SamplerCheck, Scorer
+    from raise_core.scoring.step_scorer import StepScorer, StepScores, gold_logp_after_steps
+    from raise_core.step_rewards import step_advantages, trajectory_reward
 
 __all__ = [
     "Chain",
@@ -56,6 +58,8 @@ __all__ = [
     "Splice",
     "StdFilter",
     "Step",
+    "StepScorer",
+    "StepScores",
     "TokenStats",
     "Verdict",
     "build_spans",
@@ -68,6 +72,7 @@ __all__ = [
     "find_answer_spans",
     "find_step_spans",
     "format_chain",
+    "gold_logp_after_steps",
     "group_advantages",
     "igsr",
     "intuitor",
@@ -95,10 +100,12 @@ __all__ = [
     "span_logp",
     "splice_gold",
     "spliced_stats",
+    "step_advantages",
     "step_margins",
     "step_scores",
     "sum_logp",
     "token_stats",
+    "trajectory_reward",
     "verify",
     "verify_details",
     "weighted_vote",
@@ -151,6 +158,11 @@ _HOME = {
     "igsr": "raise_core.ops.rewards",
     "scre": "raise_core.ops.rewards",
     "span_logp": "raise_core.ops.span_ops",
+    "StepScorer": "raise_core.scoring.step_scorer",
+    "StepScores": "raise_core.scoring.step_scorer",
+    "gold_logp_after_steps": "raise_core.scoring.step_scorer",
+    "step_advantages": "raise_core.step_rewards",
+    "trajectory_reward": "raise_core.step_rewards",
     "step_margins": "raise_core.ops.step_ops",
     "step_scores": "raise_core.ops.step_ops",
     "TokenStats": "raise_core.ops.stats",

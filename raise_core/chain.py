@@ -14,7 +14,8 @@
 
 (arXiv 2509.19003, NeurIPS 2025.) Name says what the step does, thought is the reasoning, reflection ties it
 to what is seen and to the steps before. A process reward model (PRM) reads a step tag after each step and
-after the answer, and says there how much likelier "good" is than "bad".
+after the answer, and says there how much likelier "good" is than "bad". The answer may stand in
+`<answer>…</answer>` instead, which is what verifiers and answer spans look for by default.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, Literal
 
 from raise_core.pieces import TokenizerLike, lay_out
 from raise_core.spans import STEP_CLOSE, STEP_OPEN
-from raise_core.tags import all_pairs, answer_in, last_pair
+from raise_core.tags import ANSWER_CLOSE, ANSWER_OPEN, Reason, all_pairs, answer_in, last_pair
 
 START, END = "<|reasoning_start|>", "<|reasoning_end|>"
 PROCEED, BACKTRACK = "<|reasoning_proceed|>", "<|reasoning_backtrack|>"
@@ -64,6 +65,7 @@ Fault = Literal[
 ]  # fmt: skip
 """What is wrong with a chain; the table is in docs/steps.md."""
 
+_KEPT = (STEP_OPEN, STEP_CLOSE, CHAIN_ANSWER_OPEN, CHAIN_ANSWER_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 _ANY_CHAIN_TOKEN = re.compile("|".join(map(re.escape, CHAIN_TOKENS)))
 _ANY_TOKEN = re.compile("|".join(map(re.escape, (*CHAIN_TOKENS, *SCORE_TOKENS))))
 
@@ -100,9 +102,16 @@ class Chain:
         return not self.reasons
 
 
-def format_chain(steps: Sequence[Step], answer: str) -> str:
+def format_chain(
+    steps: Sequence[Step],
+    answer: str,
+    *,
+    open: str = CHAIN_ANSWER_OPEN,
+    close: str = CHAIN_ANSWER_CLOSE,
+) -> str:
     """The chain as text, in the form at the top of this file; `parse_chain` gives its steps and answer back.
 
+    open, close: tags of the answer; "<answer>" and "</answer>" for the trainer's own data and verifiers.
     Raises ValueError for a field that holds one of the special tokens.
     """
     fields = [text for step in steps for text in (step.name, step.thought, step.reflection)]
@@ -110,11 +119,7 @@ def format_chain(steps: Sequence[Step], answer: str) -> str:
         if (held := _ANY_CHAIN_TOKEN.search(text)) is not None:
             raise ValueError(f"steps, answer: got text that holds {held.group()!r}; remove it")
     blocks = [_written(step) for step in steps]
-    return (
-        f"{START}\n"
-        + f"{PROCEED}\n".join(blocks)
-        + f"{END}\nAnswer:\n{CHAIN_ANSWER_OPEN}{answer.strip()}{CHAIN_ANSWER_CLOSE}"
-    )
+    return f"{START}\n" + f"{PROCEED}\n".join(blocks) + f"{END}\nAnswer:\n{open}{answer.strip()}{close}"
 
 
 def _written(step: Step) -> str:
@@ -130,12 +135,13 @@ def parse_chain(text: str) -> Chain:
     """Read a chain from whatever a model wrote; never raises, whatever the text holds.
 
     Steps are the complete pairs that `find_step_spans` finds: a step that is opened again before it is
-    closed counts from its last open tag. The answer is that of the last complete pair of answer tags. Text
-    before the chain and after it is let pass. Linear in the text.
+    closed counts from its last open tag. The answer is that of the last complete pair of the chain's answer
+    tags, or without such a pair of `<answer>` tags. Text before the chain and after it is let pass. Linear in
+    the text.
     """
     pairs = all_pairs(text, STEP_OPEN, STEP_CLOSE)
     steps = tuple(_step(text, *pair) for pair in pairs)
-    answer, why_none = answer_in(text, CHAIN_ANSWER_OPEN, CHAIN_ANSWER_CLOSE)
+    answer, why_none = _answer(text)
     faults: dict[Fault, None] = dict.fromkeys(_frame_faults(text, steps))
     faults |= dict.fromkeys(_nesting_faults(text))
     faults |= dict.fromkeys(fault for step in steps for fault in _step_faults(step))
@@ -145,6 +151,23 @@ def parse_chain(text: str) -> Chain:
     if any(text.endswith(token[:n]) for token in CHAIN_TOKENS for n in range(1, len(token))):
         faults["truncated"] = None
     return Chain(steps, answer, tuple(faults))
+
+
+def _answer(text: str) -> tuple[str, Reason | None]:
+    answer, why_none = answer_in(text, CHAIN_ANSWER_OPEN, CHAIN_ANSWER_CLOSE)
+    plain, why_no_plain = answer_in(text if why_none else answer, ANSWER_OPEN, ANSWER_CLOSE)
+    if why_none is None:
+        return (plain, None) if why_no_plain is None else (answer, None)
+    return (plain, why_no_plain) if why_no_plain in (None, "empty") else ("", why_none)
+
+
+def _answer_stop(text: str) -> int | None:
+    """Where the last complete answer ends, its close tag included."""
+    for open, close in ((CHAIN_ANSWER_OPEN, CHAIN_ANSWER_CLOSE), (ANSWER_OPEN, ANSWER_CLOSE)):
+        pair = last_pair(text, open, close)
+        if pair is not None:
+            return pair[1] + len(close)
+    return None
 
 
 _NO_ANSWER: dict[str, Fault] = {
@@ -272,22 +295,27 @@ def tag_steps(
     for row in completion_ids:
         kept = [(j, int(i)) for j, i in enumerate(row) if int(i) not in own]
         ids = [i for _, i in kept]
-        layout = lay_out(ids, tokenizer, keep=(STEP_OPEN, STEP_CLOSE, CHAIN_ANSWER_OPEN, CHAIN_ANSWER_CLOSE))
-        stops = [stop + len(STEP_CLOSE) for _, stop in all_pairs(layout.text, STEP_OPEN, STEP_CLOSE)]
-        steps = len(stops)
-        answer = last_pair(layout.text, CHAIN_ANSWER_OPEN, CHAIN_ANSWER_CLOSE)
-        if answer is not None:
-            stops.append(answer[1] + len(CHAIN_ANSWER_CLOSE))
+        ends, steps = step_ends(ids, tokenizer)
+        out, positions, done = list[int](), [0] * len(ends), 0
         # An answer that is closed inside of a step, or before one, is scored where it stands.
-        ends = [layout.tokens(stop - 1, stop)[1] for stop in stops]
-        out, positions = list[int](), [0] * len(ends)
-        done = 0
         for place in sorted(range(len(ends)), key=ends.__getitem__):
-            out += ids[done : ends[place]]
+            out += [*ids[done : ends[place]], tokens.tag]
             done = ends[place]
-            positions[place] = len(out)
-            out.append(tokens.tag)
+            positions[place] = len(out) - 1
         out += ids[done:]
         before = tuple(kept[end - 1][0] + 1 for end in ends)
         tagged.append(TaggedChain(tuple(out), tuple(positions), steps, before))
     return tagged
+
+
+def step_ends(ids: Sequence[int], tokenizer: TokenizerLike) -> tuple[list[int], int]:
+    """How many tokens of a completion come up to the end of each step, and of the answer if it has one.
+
+    The second result is the number of steps: the first one has that many entries, or one more. Linear.
+    """
+    layout = lay_out(ids, tokenizer, keep=_KEPT)
+    stops = [stop + len(STEP_CLOSE) for _, stop in all_pairs(layout.text, STEP_OPEN, STEP_CLOSE)]
+    steps, answer = len(stops), _answer_stop(layout.text)
+    if answer is not None:
+        stops.append(answer)
+    return [layout.tokens(stop - 1, stop)[1] for stop in stops], steps

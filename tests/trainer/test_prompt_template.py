@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raise_core.chain import END, PROCEED, START, STEP_CLOSE, STEP_OPEN
 from raise_trainer.errors import UserError
 from raise_trainer.prompt_template import FOLDER, PromptTemplate, load_template
 from raise_trainer.rows import PROBLEM_TYPES, Row
@@ -34,6 +35,13 @@ def test_the_instruction_names_the_tags_and_ends_with_the_sentence_of_the_kind(n
     assert ("A. {tail}\nB. b" in text) == (kind == "multiple choice") == ("Options:" in text)
     for tag in ("<think>", "</think>", "<answer>", "</answer>"):
         assert tag in text
+
+
+def test_chain_of_step_names_the_tokens_of_the_chain() -> None:
+    text = load_template("chain_of_step").render(row("numerical"))
+    for token in (START, END, PROCEED, STEP_OPEN, STEP_CLOSE, "<answer>", "</answer>"):
+        assert token in text
+    assert text.startswith("Why {x}?") and text.endswith("The answer is one number.")
 
 
 def test_video_r1_puts_its_options_straight_behind_the_problem() -> None:
@@ -77,7 +85,7 @@ def test_a_bad_template_is_named(tmp_path: Path, message: str) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'tink': expected one of plain, think, video_r1"):
+    with pytest.raises(UserError, match="'tink': expected one of chain_of_step, plain, think, video_r1"):
         load_template("tink")
     with pytest.raises(UserError, match=r"none\.yaml: No such file"):
         load_template(str(tmp_path / "none.yaml"))
