@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from raise_core.policy_kinds import CLIPPED, Kind, KlEstimator
+
 from .config import RewardKind
 from .errors import UserError
 
@@ -20,12 +22,12 @@ class Method:
     reward: RewardKind = "scre-igsr"
     confidence_share: float = 1.0
     bonus: Mapping[Bonus, float] = field(default_factory=dict)  # weight of each, in units of reward
-    loss: Literal["grpo", "dapo", "dr_grpo"] = "dr_grpo"
+    loss: Kind = "dr_grpo"
     scale: Literal["group", "batch", "none"] = "group"
     min_std: float = 0.02
-    clip: tuple[float, float] = (0.2, 0.2)
+    clip: tuple[float, float] | tuple[float, float, float] = (0.2, 0.2)  # below and above 1, dual clip
     kl: float = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: KlEstimator = "k3"
     watch_kl: bool = False  # report the KL although no loss has it: all completion rows are scored for it
     mask_truncated: bool = False
     updates: int = 1
@@ -33,6 +35,7 @@ class Method:
     micro_tokens: int = 1 << 20
 
     def __post_init__(self) -> None:
+        self._check_clip()
         for name, weight in self.bonus.items():
             if name not in get_args(Bonus):
                 raise UserError(f"bonus: got {name!r}, wanted {', '.join(get_args(Bonus))}")
@@ -40,6 +43,16 @@ class Method:
                 raise UserError(f"bonus {name}: got {weight}, wanted a finite weight, 0 or more")
         if self.bonus.get("t-grpo") and self.group_size < 2:
             raise UserError("bonus t-grpo: needs a group_size of 2 or more; half of it is sampled once more")
+
+    def _check_clip(self) -> None:
+        below, dual = self.clip[0], self.clip[2:]
+        if self.loss in CLIPPED and not 0 <= below <= 1:
+            raise UserError(f"clip: got {list(self.clip)}; the first number is the share below 1, at most 1")
+        if dual and (self.loss not in CLIPPED or not 1 < dual[0] < float("inf")):
+            raise UserError(
+                f"clip: got {list(self.clip)} with loss {self.loss}; a third number is above 1, and the dual "
+                f"clip of {', '.join(CLIPPED)}; give two, or another loss"
+            )
 
     @classmethod
     def of(cls, config: Any) -> "Method":

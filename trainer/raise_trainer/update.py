@@ -136,8 +136,11 @@ def policy_step(
             max_length=method.max_new_tokens,
             logp_ref=torch.cat(refs).to(device) if refs else None,
             kl=method.kl,
+            kl_estimator=method.kl_estimator,
             eps_low=method.clip[0],
             eps_high=method.clip[1],
+            dual_clip=method.clip[2] if len(method.clip) == 3 else None,
+            max_ratio=1.0 + method.clip[1],
             **head,
         )
         made.loss.backward()
