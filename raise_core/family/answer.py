@@ -7,6 +7,7 @@ from torch import Tensor
 from raise_core.family.segments import (
     EMPTY_MEAN,
     EMPTY_SUM,
+    by_span,
     each_alone,
     packed,
     packed_logp,
@@ -53,7 +54,7 @@ def min_prob(logp: Tensor, offsets: Tensor) -> Tensor:
     """R = min_t exp(logp_t), [S] in [0, 1]: the least certain token (Video-RAISE's comparison). Empty: 0."""
     values = packed_logp(logp, offsets)
     least = values.new_zeros(len(offsets) - 1)
-    for s, part in enumerate(values.split(offsets.diff().tolist())):
+    for s, part in enumerate(by_span(values, offsets)):
         if len(part):
             least[s] = part.amin().exp()
     return with_empty(least, offsets, 0.0, logp)

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from raise_core.family.segments import packed, with_empty
+from raise_core.family.segments import by_span, packed, with_empty
 
 PARTS = ("mean", "bottom", "lowest", "tail")
 
@@ -40,7 +40,7 @@ def deepconf(
     confidence = -packed("topk_logp_mean", topk_logp_mean, offsets)
     confidence = confidence.masked_fill(confidence.isinf(), math.nan)
     found = confidence.new_zeros(len(offsets) - 1)
-    for s, own in enumerate(confidence.split(offsets.diff().tolist())):
+    for s, own in enumerate(by_span(confidence, offsets)):
         if len(own):
             found[s] = _of_one(own, part, window, share)
     return with_empty(found, offsets, 0.0, topk_logp_mean)

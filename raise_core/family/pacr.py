@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raise_core.family.segments import as_given, each_alone, packed_logp, per_span
+from raise_core.family.segments import as_given, by_span, each_alone, packed_logp, per_span
 
 LEAST = -1e6  # nats: what a likelihood of 0 counts as, so that differences stay finite
 
@@ -42,8 +42,7 @@ def pacr(
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma: got {gamma}, wanted a number from 0 to 1")
     values = packed_logp(logp_gold, offsets, "logp_gold").clamp(min=LEAST)
-    chains = values.split(offsets.diff().tolist())
-    gains = [chain.diff() if len(chain) else chain for chain in chains]
+    gains = [chain.diff() if len(chain) else chain for chain in by_span(values, offsets)]
     empty = values.new_zeros(0)
     gain = torch.cat([empty, *gains])
     returns = torch.cat([empty, *(_discounted(own, gamma) for own in gains)])
@@ -52,11 +51,12 @@ def pacr(
         cluster = bounds.new_zeros(len(gain))
     cluster = per_span("cluster", cluster, each_alone(len(gain), offsets))
     normalized = torch.zeros_like(returns)
-    for kind in cluster.unique():
+    for kind in sorted(set(cluster.tolist())):
         rows = cluster == kind
         normalized[rows] = _min_max(returns[rows])
-    made = (gain, returns, normalized)
-    return Progress(*(as_given(x, logp_gold) for x in made), bounds)
+    return Progress(
+        as_given(gain, logp_gold), as_given(returns, logp_gold), as_given(normalized, logp_gold), bounds
+    )
 
 
 def _discounted(gain: Tensor, gamma: float) -> Tensor:

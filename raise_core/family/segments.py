@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -55,13 +56,14 @@ def members(group: Tensor, offsets: Tensor, group_size: int | None) -> Tensor:
     group = per_span("group", group, offsets)
     if group.dtype.is_floating_point or group.dtype == torch.bool:
         raise TypeError(f"group: got {group.dtype}, wanted integer prompt indices; use group.long()")
-    known, member, size = group.unique(return_inverse=True, return_counts=True)
+    known, inverse, size = torch.unique(group, return_inverse=True, return_counts=True)
     for prompt, count in zip(known.tolist(), size.tolist(), strict=True):
         if group_size is not None and count != group_size:
             raise ValueError(
                 f"group: prompt {prompt} has {count} of {group_size} completions here; a group that is split "
                 "over processes has to be gathered first, or its prompt kept on one process"
             )
+    member: Tensor = inverse
     return member
 
 
@@ -73,6 +75,12 @@ def span_sum(values: Tensor, offsets: Tensor) -> Tensor:
 def span_mean(values: Tensor, offsets: Tensor) -> Tensor:
     """[S]; 0 for an empty span."""
     return span_sum(values, offsets) / offsets.diff().clamp(min=1)
+
+
+def by_span(values: Tensor, offsets: Tensor) -> list[Tensor]:
+    """values [T] of each span."""
+    bounds = offsets.tolist()
+    return [values[start:stop] for start, stop in pairwise(bounds)]
 
 
 def each_alone(count: int, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from raise_core.pieces import TokenizerLike, lay_out
+from raise_core.pieces import Layout, TokenizerLike, lay_out
 from raise_core.tags import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -99,7 +99,7 @@ def _place(text: str, open: str, close: str) -> tuple[int, Reason | None]:
     """Character at which the other answer begins; a reason where the open tag is to be written there."""
     pair = last_pair(text, open, close)
     if pair is not None:
-        return strip_bounds(text, pair[0], pair[0])[0], None
+        return pair[0], None
     if open in text:
         return text.rfind(open) + len(open), None
     cut = max((n for n in range(len(open)) if text.endswith(open[:n])), default=0)
@@ -110,13 +110,28 @@ def _answer_ids(
     before: str, answer: str, tokenizer: Any, open: str, close: str
 ) -> tuple[list[int], list[int]]:
     """Tokens of `before + answer + close` that precede the answer, and those that overlap it."""
-    ids = list(tokenizer(before + answer + close, add_special_tokens=False)["input_ids"])
-    layout = lay_out(ids, tokenizer, keep=(open, close))
-    # Some tokenizers normalise the text or write a space before it, so it is found again by its ends.
+    ids, layout, first = _tokens(before + answer + close, tokenizer, (open, close))
+    # Some tokenizers normalise the text, so that the answer is found again by what surrounds it.
     start = max(layout.text.find(before), 0) + len(before)
     start, stop = strip_bounds(layout.text, start, layout.text.rfind(close))
-    first, last = layout.tokens(start, stop)
-    return ids[:first], ids[first:last]
+    answer_first, answer_stop = layout.tokens(start, stop)
+    return ids[first:answer_first], ids[answer_first:answer_stop]
+
+
+def _tokens(text: str, tokenizer: Any, tags: tuple[str, str]) -> tuple[list[int], Layout, int]:
+    """Tokens of a text in the middle of a line, their layout, and the first of them that belongs to it."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    layout = lay_out(ids, tokenizer, keep=tags)
+    if not layout.text.startswith(" ") or text.startswith(" "):
+        return ids, layout, 0
+    # The tokenizer begins every text with a space, but not its second line.
+    lower = list(tokenizer("\n" + text, add_special_tokens=False)["input_ids"])
+    below = lay_out(lower, tokenizer, keep=tags)
+    at = len(below.text[: below.text.find("\n") + 1].encode("utf-8", "surrogateescape"))
+    first = bisect_right(below.ends, at)
+    if at == 0 or first == len(lower) or below.starts[first] != at:
+        return ids, layout, 0
+    return lower, below, first
 
 
 def spliced_stats(

@@ -7,7 +7,21 @@ from typing import Literal
 from .errors import UserError
 
 OnBad = Literal["skip", "fail"]
-RewardKind = Literal["scre-igsr", "scre-igsr-balanced", "accuracy"]
+RewardKind = Literal[
+    "scre-igsr",
+    "scre-igsr-balanced",
+    "accuracy",
+    "likelihood",
+    "mean-logp",
+    "rlpr",
+    "jepo",
+    "nover",
+    "intuitor",
+    "rent",
+    "em-rl",
+    "deepconf",
+    "min-prob",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +35,7 @@ class DemoConfig:
     on_bad: OnBad = "fail"
     """an unusable row or video stops the run, or is left out, counted and named"""
     reward: RewardKind = "scre-igsr"
-    """confidence in right answers (open ones by either form of IGSR), or the text score alone"""
+    """confidence in right answers, the text score alone (accuracy), or another one of docs/rewards.md"""
     seed: int = 0
     """of the data, the weights and the sampling"""
     device: Literal["cpu", "cuda"] = "cpu"

@@ -8,6 +8,7 @@ from raise_core.policy_kinds import CLIPPED, Kind, KlEstimator
 
 from .config import RewardKind
 from .errors import UserError
+from .rewards import check_group_size
 
 Bonus = Literal["format", "t-grpo", "grpo-care"]
 
@@ -36,6 +37,7 @@ class Method:
 
     def __post_init__(self) -> None:
         self._check_clip()
+        check_group_size(self.reward, self.group_size)
         for name, weight in self.bonus.items():
             if name not in get_args(Bonus):
                 raise UserError(f"bonus: got {name!r}, wanted {', '.join(get_args(Bonus))}")

@@ -12,6 +12,7 @@ import raise_core as rc
 from raise_core.bonuses import consistency_bonus
 
 from .method import Method
+from .rewards import FAMILY, family_reward, reads_all_rows
 from .rollout import Rollout
 
 FORM = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
@@ -45,7 +46,8 @@ def score(
     """Score a rollout under the reference that `scorer` holds; call where that reference is active.
 
     method.reward: "scre-igsr" rewards right answers by the reference's confidence in them (SCRE for strict
-    rows, IGSR for open ones); "accuracy" rewards by the text score alone. Both log the same figures.
+    rows, IGSR for open ones); "accuracy" rewards by the text score alone; the others are those of `rewards`.
+    All log the same figures.
     confidence_share k: text * (1 - k) + k * confidence reward. To that come the bonuses "format", for the
     wanted form, and "grpo-care" (`raise_core.bonuses.consistency_bonus`); "t-grpo" needs shuffled frames too:
     `temporal.with_bonus`.
@@ -59,8 +61,8 @@ def score(
     offsets = torch.tensor([0, *(len(f) for f in found)]).cumsum(0)
     variant = "balanced" if method.reward == "scre-igsr-balanced" else "paper"
     options = {"group_size": method.group_size, "variant": variant}
-    logp_ref = None
-    if method.kl or method.watch_kl:
+    logp_ref = states = None
+    if method.kl or method.watch_kl or reads_all_rows(method.reward):
         states = scorer.completion_rows(rollout.inputs, rollout.groups, features=rollout.features)
         head, device = scorer.head().options(), states.hidden.device
         spans = rc.build_spans(found, rollout.completions, states.offsets[:-1].cpu(), rollout.owner)
@@ -72,20 +74,25 @@ def score(
             **head,
             **options,
         )
-        logp_ref = rc.linear_token_stats(
-            states.hidden, targets=states.targets, temperature=method.temperature, **head
-        ).logp
+        if method.kl or method.watch_kl:
+            logp_ref = rc.linear_token_stats(
+                states.hidden, targets=states.targets, temperature=method.temperature, **head
+            ).logp
     else:  # the answers' rows alone
         got = scorer.rewards(
             rollout.inputs, rollout.groups, text_score, strict, tokenizer, found=found,
             features=rollout.features, **options,
         )  # fmt: skip
     confidence, k = got.confidence.cpu(), method.confidence_share
-    reward = text_score
-    if method.reward != "accuracy":
-        reward = text_score * (1 - k) + k * got.reward.cpu() if k < 1 else got.reward.cpu()
-    well_formed = torch.tensor([bool(FORM.fullmatch(_visible(t, tokenizer))) for t in text])
     logp, extra = got.parts["logp"].cpu(), dict[str, float]()
+    value = text_score if method.reward == "accuracy" else got.reward.cpu()
+    if method.reward in FAMILY:
+        value = family_reward(
+            method.reward, rollout, scorer, tokenizer, found=found, text_score=text_score, own_logp=logp,
+            states=states,
+        )  # fmt: skip
+    reward = value if k == 1 or value is text_score else text_score * (1 - k) + k * value
+    well_formed = torch.tensor([bool(FORM.fullmatch(_visible(t, tokenizer))) for t in text])
     if weight := method.bonus.get("format"):
         reward = reward + weight * well_formed
     if weight := method.bonus.get("grpo-care"):
