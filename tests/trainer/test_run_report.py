@@ -1,5 +1,6 @@
 """`raise-core report`: one page of several runs, whole or partial, that needs no other file."""
 
+import base64
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from raise_trainer import cli
 from raise_trainer.completions import Completion
 from raise_trainer.errors import UserError
 from raise_trainer.heat_map import DARKEST, chosen, draw
-from raise_trainer.run_figures import last_mean, window
+from raise_trainer.run_figures import curves, last_mean, window
 from raise_trainer.run_files import differing, read_runs
 from raise_trainer.run_report import MOST_LEFT_OUT, report_runs
 from raise_trainer.train_config import as_yaml, check
@@ -127,6 +128,23 @@ def test_time_is_shared_out_over_phases(page: str) -> None:
     shown = {name: values for name, *values in rows}
     assert shown["rollout"] == ["2.000 s (50%)"] * 2 and shown["all phases"] == ["4.000 s"] * 2
     assert shown["tokens/s"] == ["120.0"] * 2 and shown["peak memory"] == ["3.50 GiB"] * 2
+
+
+def test_throughput_and_memory_are_drawn_over_the_steps(two: list[Path], tmp_path: Path) -> None:
+    """Of a step that a resumed run repeated, what its last time took; lines of other stages have no step."""
+    run = shutil.copytree(two[0], tmp_path / "run")
+    (whole,) = read_runs([run])
+    assert whole.cost("tokens_per_s") == ([1, 2], [120.0, 120.0]) and whole.cost("peak_gib")[1] == [3.5, 3.5]
+    without = curves([whole])
+    again = {"stage": "step", "step": 1, "tokens_per_s": 80.0, "peak_gib": 4.0}
+    with (run / "timings.jsonl").open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    (repeated,) = read_runs([run])
+    assert repeated.cost("tokens_per_s") == ([1, 2], [120.0, 80.0]) and repeated.cost("none") == ([], [])
+    drawn = curves([repeated])
+    assert drawn is not None and drawn != without
+    texts = base64.b64decode(drawn.partition(",")[2]).decode()
+    assert "<!-- Throughput -->" in texts and "<!-- Memory -->" in texts and "<!-- Reward -->" in texts
 
 
 def test_rows_left_out_are_listed_with_their_reasons(page: str) -> None:

@@ -24,6 +24,10 @@ CURVES = (  # metric, title, unit on the axis
     ("truncated_share", "Truncated", "share of completions"),
     ("equal_groups_share", "Groups of one reward", "share of groups"),
 )
+COSTS = (  # of timings.jsonl
+    ("tokens_per_s", "Throughput", "tokens per second"),
+    ("peak_gib", "Memory", "GiB, peak of a step"),
+)
 PHASE_COLOURS = ("#3d8fb8", "#1f3a5f", "#2a7f62", "#c8553d", "#c79a1b", "#8a5ca8", "#6b7280")
 
 
@@ -38,28 +42,34 @@ def window(steps: int) -> int:
 
 
 def curves(runs: Sequence[RunFiles]) -> str | None:
-    """Every metric that some run has, each in its own axes, and the evaluation's text score; None if none."""
-    drawn = [curve for curve in CURVES if any(run.series(curve[0])[0] for run in runs)]
+    """Every metric that some run has, each in its own axes, and the evaluation's text score; None if none.
+
+    Then tokens per second and memory.
+    """
+    drawn = [(curve, RunFiles.series) for curve in CURVES if any(run.series(curve[0])[0] for run in runs)]
+    spent = [(curve, RunFiles.cost) for curve in COSTS if any(run.cost(curve[0])[0] for run in runs)]
     evaluated = any(run.evaluation()[0] for run in runs)
-    panels = len(drawn) + evaluated
-    if not panels:
+    if not drawn and not evaluated:
         return None
+    panels = len(drawn) + evaluated + len(spent)
     with plt.rc_context(STYLE):
         rows = math.ceil(panels / 3)
         figure, axes = plt.subplots(rows, 3, figsize=(10, 2.3 * rows), layout="constrained", squeeze=False)
         for axis in axes.flat[panels:]:
             axis.set_visible(False)
-        for axis, (key, title, unit) in zip(axes.flat, drawn, strict=False):
+        places = [*axes.flat[: len(drawn)], *axes.flat[panels - len(spent) : panels]]
+        for axis, ((key, title, unit), read) in zip(places, drawn + spent, strict=True):
             _label(axis, title, unit)
             for number, run in enumerate(runs):
-                _line(axis, *run.series(key), *style(number))
+                _line(axis, *read(run, key), *style(number))
         if evaluated:
-            axis = axes.flat[panels - 1]
+            axis = axes.flat[len(drawn)]
             _label(axis, "Evaluation", "mean text score")
             for number, run in enumerate(runs):
                 colour, dash = style(number)
                 axis.plot(*run.evaluation(), color=colour, linestyle=dash, marker="o", markersize=4)
-        last = max(line["step"] + 1 for run in runs for line in (*run.training, *run.evaluations))
+        steps = [s for run in runs for line in (*run.training, *run.evaluations) for s in [line["step"] + 1]]
+        last = max([*steps, *(s for run in runs for key, *_ in COSTS for s in run.cost(key)[0])])
         for axis in axes.flat[:panels]:
             axis.set_xlim(1 - last * 0.03, last * 1.03 + 0.01)
         for axis in axes.flat[max(panels - 3, 0) : panels]:

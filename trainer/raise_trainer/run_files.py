@@ -44,6 +44,11 @@ class RunFiles:
         """Finished steps and values of a metric of the evaluations."""
         return _series(self.evaluations, key)
 
+    def cost(self, key: str) -> tuple[list[int], list[float]]:
+        """Finished steps and values of a figure of the steps' timings; of a repeated step its last."""
+        lines = {line["step"]: line for line in self.timings if line.get("stage") == "step" and key in line}
+        return _series([lines[step] for step in sorted(lines)], key)
+
     def phases(self) -> dict[str, float]:
         """Mean seconds a step in each phase, over the steps recorded; {} without timings."""
         return self._means("seconds")
