@@ -60,7 +60,7 @@ def score(
     strict = torch.tensor([row.strict for row in rows])
     offsets = torch.tensor([0, *(len(f) for f in found)]).cumsum(0)
     variant = "balanced" if method.reward == "scre-igsr-balanced" else "paper"
-    options = {"group_size": method.group_size, "variant": variant}
+    options: dict[str, Any] = {"group_size": method.group_size, "variant": variant}
     logp_ref = states = None
     if method.kl or method.watch_kl or reads_all_rows(method.reward):
         states = scorer.completion_rows(rollout.inputs, rollout.groups, features=rollout.features)
