@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,18 @@ import torch
 import raise_core as rc
 from raise_trainer import grpo as grpo_module
 from raise_trainer import tiny
-from raise_trainer.engines import Engine, Generate, Sampling, VllmColocated, VllmServer, engine_of, rescored
+from raise_trainer.dataset import write_dataset
+from raise_trainer.demo import save_model
+from raise_trainer.engines import (
+    Engine,
+    Generate,
+    Sampling,
+    VllmColocated,
+    VllmServer,
+    engine_of,
+    rescored,
+    vllm_server,
+)
 from raise_trainer.engines.http_json import HttpJson
 from raise_trainer.engines.weights import weights_of
 from raise_trainer.errors import UserError
@@ -22,6 +35,8 @@ from raise_trainer.method import Method
 from raise_trainer.prompts import Prompt
 from raise_trainer.rollout import draws
 from raise_trainer.rows import Row
+from raise_trainer.train import run_train
+from raise_trainer.train_config import check
 from tests.budget import assert_as_exact_as_fp32, assert_equal_but_for_roundings, assert_exact
 from tests.tiny_models import text_model, text_prompt
 from tests.trainer import fake_vllm
@@ -254,3 +269,30 @@ def test_sampling_before_the_weights_are_there_is_refused(monkeypatch: pytest.Mo
         ):
             with pytest.raises(ValueError, match="before sync"):
                 made.sample([prompt], None)
+
+
+def test_a_training_run_takes_its_completions_from_the_server_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`engine=URL`, from the settings to the figures. The placeholders' bias is the gap that is left."""
+    write_dataset(tmp_path / "data", train_videos=3, test_questions=1, seed=0, advance=lambda n=1: None)
+    processor = tiny.build_processor()
+    policy = tiny.build_model(processor, seed=0)
+    save_model(policy, processor, tmp_path / "model")
+    places = [[(step, i) for i in range(2)] for step in range(STEPS)]
+    served = fake_vllm.Served(policy, [draws(0, some, G, LONGEST) for some in places], G)
+    fake_vllm.install(monkeypatch)
+    with fake_vllm.FakeServer(served) as server:
+        channel = fake_vllm.FakeChannel(server)
+        monkeypatch.setattr(vllm_server, "NcclChannel", lambda: channel)
+        given: dict[str, Any] = {
+            "model": str(tmp_path / "model"), "data": tmp_path / "data/train.json", "out": tmp_path / "run",
+            "dtype": "float32", "template": "plain", "steps": STEPS, "prompts": 2, "group_size": G,
+            "max_new_tokens": LONGEST, "frames": 8, "pixels": 56 * 56, "gradient_checkpointing": False,
+            "workers": 0, "engine": server.url,
+        }  # fmt: skip
+        out = run_train(check(given))
+        assert channel.closed and server.count("/inference/v1/generate") == STEPS * 2
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert all(0 <= line["sampler_gap"] < 0.05 for line in lines)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from .checkpoints import Checkpoints, StepGuard, TrainingState, graceful_stop, t
 from .checkpoints.ranks import share
 from .checkpoints.stopping import Stop
 from .completions import show_completions, write_completions
+from .engines import engine_of
 from .errors import UserError
 from .feed import Feed
 from .grpo import Grpo, Phases
@@ -174,12 +175,15 @@ def _write_settings(config: TrainConfig, kind: str) -> None:
 def run_train(config: TrainConfig) -> Path:
     """GRPO; returns the run's folder."""
     with opened(config, "train", with_reference=True) as (run, reference):
-        policy, phases = run.policy, Phases()
+        policy, phases, method = run.policy, Phases(), Method.of(config)
+        engine = engine_of(
+            config.engine, policy.model, method, path=config.model, eos=policy.eos, suppress=policy.suppress
+        )
         grpo = Grpo(
-            policy.model, reference, run.optimizer, policy.tokenizer, Method.of(config),
-            eos=policy.eos, suppress=policy.suppress, guard=run.guard, phases=phases,
+            policy.model, reference, run.optimizer, policy.tokenizer, method, eos=policy.eos,
+            suppress=policy.suppress, guard=run.guard, phases=phases, engine=engine,
         )  # fmt: skip
-        with run.log.stage("train", config.steps, done=run.state.step) as stage:
+        with closing(engine), run.log.stage("train", config.steps, done=run.state.step) as stage:
             for step in run.steps(stage, config.updates):
                 ask = partial(_ask, run, phases, step, run.feed.sampler.position)
                 made = grpo.step(*ask(), step, more=ask)
