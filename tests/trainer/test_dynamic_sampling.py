@@ -22,6 +22,7 @@ from raise_trainer import grpo as grpo_module
 from raise_trainer import ranks, tiny
 from raise_trainer.dataset import write_dataset
 from raise_trainer.demo import save_model
+from raise_trainer.feed import Feed
 from raise_trainer.grpo import Grpo, Outcome
 from raise_trainer.method import Method
 from raise_trainer.prompts import Prompt
@@ -296,7 +297,7 @@ class Killed(Exception):
 def test_a_run_killed_between_two_rounds_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every row of the epoch is used once, those of replaced groups too."""
+    """Every row of the epoch is used once, also of replaced groups, and every prompt has its own draws."""
     write_dataset(tmp_path / "data", train_videos=6, test_questions=1, seed=0, advance=lambda n=1: None)
     processor = tiny.build_processor()
     save_model(tiny.build_model(processor, seed=0), processor, tmp_path / "model")
@@ -313,6 +314,14 @@ def test_a_run_killed_between_two_rounds_goes_on_bit_for_bit(
         scored.reward.copy_(odd)
         return scored
 
+    places, take = list[tuple[int, int]](), Feed.take
+
+    def noted(self: Feed, *args: Any, **options: Any) -> Any:
+        taken = take(self, *args, **options)
+        places.extend(taken[0])
+        return taken
+
+    monkeypatch.setattr(Feed, "take", noted)
     monkeypatch.setattr(grpo_module, "score", parity)
     settings = {
         "model": str(tmp_path / "model"), "data": tmp_path / "data/train.json", "template": "plain",
@@ -322,6 +331,8 @@ def test_a_run_killed_between_two_rounds_goes_on_bit_for_bit(
     }  # fmt: skip
     run_train(check(settings | {"out": tmp_path / "whole"}))
     whole = (tmp_path / "whole/metrics.jsonl").read_bytes()
+    counts = [sum(step == s for s, _ in places) for step in range(4)]
+    assert places == [(step, i) for step, count in enumerate(counts) for i in range(count)]
     lines = [json.loads(line) for line in whole.splitlines()]
     assert any(line["resampled_groups"] > 0 for line in lines) and any(
         line["learned_groups"] for line in lines
