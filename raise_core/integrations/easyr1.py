@@ -96,6 +96,6 @@ def _truth(b: int, row: Mapping[str, Any], kind: str | None) -> tuple[str, str]:
         return str(read["solution"]), str(read["problem_type"])
     except (TypeError, ValueError, KeyError):
         raise ValueError(
-            f'row {b}: ground_truth {str(truth)[:80]!r} is not {{"solution": …, "problem_type": …}}; write it '
-            "so, or give kind= for all rows (worker.reward.reward_function_kwargs)"
+            f'row {b}: ground_truth {str(truth)[:80]!r} is not {{"solution": …, "problem_type": …}}; write '
+            "it so, or give kind= for all rows (worker.reward.reward_function_kwargs)"
         ) from None

@@ -112,8 +112,8 @@ class ConfidenceMixin:
             given = grpo.ref_per_token_logps if self.source == "ref" else grpo.old_per_token_logps
             if given is None:
                 raise ValueError(
-                    f"source: got {self.source!r}, but its log-probabilities were not computed; wanted --beta "
-                    'above 0, or source = "old"'
+                    f"source: got {self.source!r}, but its log-probabilities were not computed; wanted "
+                    '--beta above 0, or source = "old"'
                 )
             tokens, mask = batch["model_inputs"]["input_ids"], grpo.completion_mask.bool()
             if tokens.shape[0] != mask.shape[0] or given.shape != mask.shape:
@@ -131,7 +131,7 @@ def _own(values: Tensor, count: int) -> tuple[int, Tensor]:
         counts: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(counts, count)
         first = sum(counts[: distributed.get_rank()])
-    return first, values[first : first + count].detach().float().cpu()
+    return first, values[first : first + count].detach().float().cpu().clone()
 
 
 def _whole(own: Tensor, first: int, count: int) -> Tensor:

@@ -57,8 +57,8 @@ def add_confidence(
     output: observation_tokens, action_ranges, rollout_log_probs (sampling_params.logprobs must be set:
     algo.advantage.is_correction_enable), label. The last action is the completion. "reward" becomes the
     reward, "scores" the text score; extra_logs gains text_score and confidence. kind: a strict one;
-    ValueError for one that IGSR rewards. temperature: of the sampler, 1 unless any_temperature (vLLM's default logprobs
-    are at temperature 1 whatever the sampling: give 1 then).
+    ValueError for one that IGSR rewards. temperature: of the sampler, 1 unless any_temperature (vLLM's
+    default logprobs are at temperature 1 whatever the sampling: give 1 then).
     """
     check_temperature(temperature, any_temperature)
     logps = output.get("rollout_log_probs")

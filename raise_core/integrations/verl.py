@@ -75,7 +75,10 @@ def apply_confidence(
 
 
 class ConfidenceMixin:
-    """For a v1 trainer: `@register_trainer("confidence") class T(ConfidenceMixin, PPOTrainerSync): ...`.
+    """For a v1 trainer: `class T(ConfidenceMixin, PPOTrainerSync)`, then `TRAINER_REGISTRY["sync"] = T`.
+
+    The name must stay "sync": verl compares trainer_mode with it, so a new name would get the buffers of the
+    asynchronous trainers.
 
     Before the advantages the scores in the transfer queue are rewritten by `apply_confidence`; the metrics
     then show the confidence rewards, and metrics["confidence/mean"] the confidence itself. `confidence` holds

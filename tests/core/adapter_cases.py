@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 
+from raise_core.integrations import common
 from tests.tiny_models import END, IMAGE_PAD, START, VIDEO_PAD, VOCAB
 
 EOS, OPEN, CLOSE = "<|end|>", "<answer>", "</answer>"
@@ -69,3 +73,38 @@ def word_ids() -> list[int]:
 def encode(text: str) -> list[int]:
     """Token ids of a completion."""
     return [int(i) for i in tokenizer()(text, add_special_tokens=False)["input_ids"]]
+
+
+# Two groups: a strict one (solution B) and an open one (solution "blue ball").
+TEXTS = [
+    "so <answer>B</answer>", "<answer>B</answer>", "<answer>A</answer>", "none", "<answer> blue</answer>",
+    "<answer> blue ball</answer>", "<answer>A ball</answer>", "<answer> ball</answer>",
+]  # fmt: skip
+SOLUTIONS = ["B"] * 4 + ["blue ball"] * 4
+ROW_KINDS = ["multiple choice"] * 4 + ["free-form"] * 4
+G = 4  # completions of a prompt
+
+
+class Batch:
+    """Eight responses, padded to one length: what any of the trainers has."""
+
+    def __init__(self) -> None:
+        self.ids = [encode(text) for text in TEXTS]
+        self.responses = pad_sequence([torch.tensor(i) for i in self.ids], batch_first=True)
+        self.mask = pad_sequence([torch.ones(len(i), dtype=torch.long) for i in self.ids], batch_first=True)
+        source = torch.Generator().manual_seed(0)
+        self.logps = -torch.rand(self.responses.shape, generator=source)
+        self.graded = common.grade(TEXTS, SOLUTIONS, ROW_KINDS)
+        self.score = self.graded.score
+        self.uid = [f"u{b // G}" for b in range(len(TEXTS))]
+        self.want = common.rewards_from_logps(
+            self.logps, self.ids, tokenizer(), self.score, self.graded.strict, self.uid, group_size=G
+        )
+
+    def proto(self, **change: Any) -> Any:
+        scores = torch.zeros(self.responses.shape)
+        scores[torch.arange(len(self.ids)), self.mask.sum(1) - 1] = self.score
+        batch = {"responses": self.responses, "response_mask": self.mask, "token_level_scores": scores,
+                 "ref_log_prob": self.logps, **change}  # fmt: skip
+        keys = {"uid": self.uid, "strict": self.graded.strict.float().tolist()}
+        return SimpleNamespace(batch=batch, non_tensor_batch=keys, meta_info={"temperature": 1.0})

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import raise_core as rc
 from raise_core.family.splice import splice_gold
+from raise_core.pieces import lay_out
 from tests.budget import (
     assert_at_most,
     assert_equal_but_for_roundings,
@@ -80,6 +84,49 @@ def test_the_models_own_answer_spliced_in_is_its_own_span(kind: Any, text: str) 
     (own,) = rc.find_answer_spans([ids], tokenizer)
     (got,) = rc.splice_gold([ids], [own.text], tokenizer)
     assert got.answer == ids[own.start : own.stop] and got.before == ids[: own.start]
+
+
+PIECES = [
+    "<answer>",
+    "</answer>",
+    "<ans",
+    "wer>",
+    "<",
+    "answer>",
+    "B",
+    " blue",
+    "ball",
+    "\n",
+    " ",
+    "蓝",
+    "👍🏽",
+    "é",
+]
+
+
+@given(
+    chunks=st.lists(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4), max_size=5),
+    gold=st.sampled_from(["A", "blue ball", "蓝色", "3.50", "👍🏽"]),
+    kind=st.sampled_from([byte_level, unigram]),
+)
+def test_any_text_cut_anyhow_keeps_what_was_sampled(chunks: list[list[str]], gold: str, kind: Any) -> None:
+    """Chunks are tokenised apart, so that tags are cut in ways the tokenizer itself would not."""
+    tokenizer = fast(kind())
+    ids = [i for c in chunks for i in tokenizer("".join(c), add_special_tokens=False)["input_ids"]]
+    (got,) = rc.splice_gold([ids], [gold], tokenizer)
+    tags = ("<answer>", "</answer>")
+    sampled, whole = lay_out(ids, tokenizer, keep=tags).text, lay_out(got.before + got.answer, tokenizer).text
+    written = whole[: whole.rindex(gold)]
+    assert written.rstrip().endswith("<answer>") and whole[whole.rindex(gold) :].startswith(gold)
+    kept = written.rstrip() if got.reason is None else written.rstrip().removesuffix("<answer>")
+    assert sampled.startswith(kept) or sampled.startswith(kept.rstrip())
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, got.before, strict=False)))
+    retold = lay_out(got.before[same:], tokenizer, keep=tags).text.strip()
+    assert len(retold) <= len("<answer>")  # beyond the sampled ids no more than the tag is written
+    closing = tokenizer("</answer>", add_special_tokens=False)["input_ids"]
+    (own,) = rc.find_answer_spans([[*got.before, *got.answer, *closing]], tokenizer)
+    if whole.endswith(gold):  # else the last token holds a part of the close tag
+        assert own.text == gold and (own.start, own.stop) == (len(got.before), len(got.before + got.answer))
 
 
 class Spelled:

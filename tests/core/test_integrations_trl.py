@@ -30,8 +30,14 @@ class Seen(ConfidenceReward):
     def __call__(
         self, prompts: Any, completions: Any, completion_ids: Any, **columns: Any
     ) -> list[float | None]:
-        made = super().__call__(prompts, completions, completion_ids, **columns)
-        self.calls.append({"prompts": prompts, "ids": completion_ids, "made": made, **columns})
+        extra: dict[str, list[Any]] = {}
+        made = super().__call__(
+            prompts, completions, completion_ids, **{**columns, "log_extra": extra.__setitem__}
+        )
+        if "log_extra" in columns:
+            for name, values in extra.items():
+                columns["log_extra"](name, values)
+        self.calls.append({"prompts": prompts, "ids": completion_ids, "made": made, **columns, **extra})
         return made
 
 
@@ -78,8 +84,8 @@ def train(
     return trainer
 
 
-def ours(model: Any, call: dict[str, Any], encode: Any) -> tuple[list[float], int]:
-    """The rewards of a call straight from the Scorer, and how many completions answer."""
+def ours(model: Any, call: dict[str, Any], encode: Any, what: str = "reward") -> tuple[list[float], int]:
+    """The rewards (or confidence) of a call straight from the Scorer, and how many completions answer."""
     prompts = [encode(p) for p in call["prompts"][::G]]
     ids = [call["ids"][i : i + G] for i in range(0, len(call["ids"]), G)]
     kinds = [k.replace(" ", "_").replace("-", "_") for k in call["problem_type"]]
@@ -87,7 +93,9 @@ def ours(model: Any, call: dict[str, Any], encode: Any) -> tuple[list[float], in
     score = [rc.verify(k, t, s) for k, t, s in zip(kinds, flat, call["solution"], strict=True)]
     strict = [k == "multiple_choice" for k in kinds]
     got = rc.Scorer(model).rewards(prompts, ids, score, strict, tokenizer())
-    return got.reward.tolist(), sum(f.reason is None for f in rc.find_answer_spans(call["ids"], tokenizer()))
+    return getattr(got, what).tolist(), sum(
+        f.reason is None for f in rc.find_answer_spans(call["ids"], tokenizer())
+    )
 
 
 def by_template(prompt: Any) -> Any:
@@ -139,12 +147,14 @@ def test_the_trainers_own_model(reference: str, tmp_path: Path) -> None:
     start = copy.deepcopy(policy)
     ema = {"decay": 0.5, "every": 1} if reference == "ema" else {}
     reward = Seen(reference)
-    train(tmp_path, policy, reward, rows(), attach=ema, learning_rate=0.01)
-    first, last = reward.calls[0], reward.calls[-1]
+    train(tmp_path, policy, reward, rows(), attach=ema)
+    first, later = reward.calls[0], reward.calls[1:]
     want, _ = ours(start, first, by_template)
     assert_exact(torch.tensor(first["made"]), torch.tensor(want), name="before the first step")
-    same = torch.tensor(ours(start, last, by_template)[0]) == torch.tensor(last["made"])
-    assert bool(same.all()) == (reference == "frozen")
+    unmoved = [ours(start, call, by_template, "confidence") for call in later]
+    assert sum(answered for _, answered in unmoved) > 0
+    same = [values for values, _ in unmoved] == [call["confidence"] for call in later]
+    assert same == (reference == "frozen")
     assert isinstance(reward.reference, rc.Reference)
     assert reward.reference.step == STEPS
     with reward.reference.active() as model:
