@@ -1,7 +1,7 @@
 """1,200 GRPO steps with bad media, killed again and again: is anything lost, used twice, or leaking?
 
     python -m bench soak             records go to bench/results/soak.jsonl
-    python -m bench soak --quick     24 steps and two kills, nothing recorded: does everything run?
+    python -m bench soak --quick     12 steps and a kill, nothing recorded: does everything run?
     python -m bench soak --report    what the last recorded run found, and its figure
 
 A supervisor starts `raise-core train` on the CPU, kills it by SIGKILL at random moments (some while it saves)
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Plan:
-    """steps: of the run. kills: of them. rows, bad: of the data. longest: steps to a kill. warm: of SFT."""
+    """steps: of the run. rows, bad: of the data. longest: most steps to a kill. warm: supervised steps."""
 
     steps: int = 1200
     kills: int = 24
@@ -46,10 +46,11 @@ class Plan:
     bad: int = 6
     longest: int = 60
     warm: int = 80
+    save_every: int = 10
     seed: int = 0
 
 
-QUICK = Plan(steps=24, kills=2, rows=20, bad=1, longest=6, warm=15)
+QUICK = Plan(steps=12, kills=1, rows=12, bad=1, longest=4, warm=4, save_every=3)
 SETTINGS: dict[str, Any] = {
     "dtype": "float32", "template": "plain", "prompts": 2, "group_size": 4, "max_new_tokens": 12,
     "frames": 4, "pixels": 56 * 56, "gradient_checkpointing": False, "workers": 1, "on_bad_media": "skip",
@@ -65,8 +66,8 @@ def prepare(folder: Path, plan: Plan) -> tuple[TrainConfig, list[int]]:
     warm = {"steps": plan.warm, "prompts": 8, "lr": 5e-3, "save_every": plan.warm, "workers": 0}
     run_sft(check(given | warm | {"model": str(folder / "random"), "out": folder / "sft"}))
     (model,) = folder.glob("sft/checkpoints/*/model")
-    own = {"model": str(model), "out": folder / "run", "steps": plan.steps, "save_every": 10}
-    return check(given | own), bad
+    own = {"model": str(model), "out": folder / "run", "steps": plan.steps}
+    return check(given | own | {"save_every": plan.save_every}), bad
 
 
 def start(config: TrainConfig) -> subprocess.Popen[bytes]:
@@ -154,7 +155,8 @@ def run(folder: Path, plan: Plan) -> list[Record]:
     rng = random.Random(plan.seed)
     lives = list[Life]()
     for number in range(plan.kills):
-        kill = (rng.randint(1, plan.longest), rng.random() * 0.1, number % 2 == 1)
+        saving = number % 2 == 0
+        kill = (rng.randint(1, plan.longest), rng.random() * (0.02 if saving else 0.1), saving)
         lives.append(live(config, kill))
         print(f"process {number + 1}: {len(lives[-1].memory)} steps from {lives[-1].first_step}", flush=True)
     lives.append(live(config, None))
@@ -200,7 +202,7 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="24 steps and two kills, nothing recorded")
+    parser.add_argument("--quick", action="store_true", help="12 steps and a kill, nothing recorded")
     parser.add_argument("--steps", type=int, default=Plan.steps, help="of the whole run (default 1200)")
     parser.add_argument("--kills", type=int, default=Plan.kills, help="default 24")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="records go here (JSON lines)")

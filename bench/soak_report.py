@@ -31,12 +31,12 @@ def slope(lives: Sequence[Sequence[float]]) -> Slope | None:
     """Common slope of memory [MiB] over the steps of several processes, each with a level of its own.
 
     Least squares through the means of blocks of 20 steps, after each process's first 20: neighbouring steps
-    are no independent samples. Student's t with (points - processes - 1) degrees of freedom; None below 3.
+    are no independent samples. Student's t with (points - processes - 1) degrees of freedom; None below 8.
     """
     found = [points for life in lives if len(points := list(_blocks(life))) > 1]
     count = sum(map(len, found))
     free = count - len(found) - 1
-    if free < 3:
+    if free < 8:
         return None
     centred = [(x - _mean(p, 0), y - _mean(p, 1)) for p in found for x, y in p]
     spread = sum(x * x for x, _ in centred)
