@@ -22,7 +22,8 @@ SMALL: dict[str, Any] = {
     "frames": 8, "pixels": 56 * 56, "gradient_checkpointing": False, "lr": 1e-3, "workers": 0,
     "mask_truncated": False, "kl": 0.04,
 }  # fmt: skip
-SOMETIMES = {"skipped", "sampler_gap", "clip_dual"}  # when an update was, another engine samples, a dual clip is
+# When an update was, when another engine samples, with a third number in `clip`.
+SOMETIMES = {"skipped", "sampler_gap", "clip_dual"}
 
 
 def page(heading: str) -> set[str]:
