@@ -87,21 +87,6 @@ def test_the_models_own_answer_spliced_in_is_its_own_span(kind: Any, text: str) 
 
 
 PIECES = ["<answer>", "</answer>", "<ans", "wer>", "<", "answer>", "B", " blue", "\n", " ", "蓝", "👍🏽", "é"]
-    "<answer>",
-    "</answer>",
-    "<ans",
-    "wer>",
-    "<",
-    "answer>",
-    "B",
-    " blue",
-    "ball",
-    "\n",
-    " ",
-    "蓝",
-    "👍🏽",
-    "é",
-]
 
 
 @given(
