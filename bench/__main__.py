@@ -10,6 +10,7 @@ BENCHES = {
     "ops": "the operations against eager PyTorch and other libraries: time, memory, error",
     "report": "tables and figures of the recorded runs of ops and scoring",
     "soak": "1,200 steps with bad media, killed again and again",
+    "rewards": "a reward function against one that runs the model again for each completion",
     "scoring": "a group scored once against the prompt repeated for each completion",
 }
 
