@@ -2,7 +2,8 @@
 
 The naive function is what one writes first: for each completion a pass over prompt, video and completion, the
 logits of every position, their log-softmax, the answer's tokens. Ours is the `ConfidenceReward` that TRL
-calls. Both grade the text, find the answer, and give SCRE. The truth is the fp64 model's, one pass a completion.
+calls. Both grade the text, find the answer, and give SCRE. The truth is the fp64 model's, one pass for each
+completion.
 """
 
 from __future__ import annotations
