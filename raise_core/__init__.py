@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from raise_core.ops.step_ops import step_margins, step_scores
     from raise_core.scoring.scorer import CompletionRows, SamplerCheck, Scorer
     from raise_core.scoring.step_scorer import StepScorer, StepScores, gold_logp_after_steps
-    from raise_core.step_rewards import step_advantages, trajectory_reward
+    from raise_core.step_rewards import step_advantages, step_loss, trajectory_reward
 
 __all__ = [
     "Chain",
@@ -101,6 +101,7 @@ __all__ = [
     "splice_gold",
     "spliced_stats",
     "step_advantages",
+    "step_loss",
     "step_margins",
     "step_scores",
     "sum_logp",
@@ -162,6 +163,7 @@ _HOME = {
     "StepScores": "raise_core.scoring.step_scorer",
     "gold_logp_after_steps": "raise_core.scoring.step_scorer",
     "step_advantages": "raise_core.step_rewards",
+    "step_loss": "raise_core.step_rewards",
     "trajectory_reward": "raise_core.step_rewards",
     "step_margins": "raise_core.ops.step_ops",
     "step_scores": "raise_core.ops.step_ops",

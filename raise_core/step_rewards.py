@@ -1,4 +1,4 @@
-"""From step scores to rewards of whole chains and to advantages of the steps' tokens; pure functions."""
+"""From step scores to rewards, to advantages of tokens, and to a reward model's loss; pure functions."""
 
 from __future__ import annotations
 
@@ -97,3 +97,24 @@ def step_advantages(
     per_token = each.cpu().repeat_interleave(steps.lengths.cpu())
     out = torch.zeros(num_tokens, dtype=each.dtype).index_add_(0, rows, per_token)
     return out.to(step_scores.device)
+
+
+def step_loss(margins: Tensor, targets: Tensor, num_tags: float) -> Tensor:
+    """What a process reward model is trained to minimise: a scalar in nats, differentiable in margins.
+
+        loss = -2 / num_tags * sum_t [y_t * log sigmoid(d_t) + (1 - y_t) * log sigmoid(-d_t)]
+
+    margins d [K]: `step_margins`. targets y [K] in [0, 1]: 1 good, 0 bad, 0.5 neutral; a share of rollouts
+    that came out right is one too. This is the binary cross-entropy over both tokens of Chain-of-Step (arXiv
+    2509.19003), in which a neutral step is labelled neither good nor bad: each term counts twice, and a
+    neutral step's optimum is a score of 0.5. num_tags: tags of the whole optimiser step, so that the gradients
+    of its micro-batches add up; 0 counts as 1. Raises ValueError for shapes or targets that do not fit.
+    """
+    if margins.shape != targets.shape or margins.ndim != 1:
+        raise ValueError(
+            f"margins, targets: got shapes {list(margins.shape)} and {list(targets.shape)}, wanted the same [K]"
+        )
+    _check_scores("targets", targets)
+    y = targets.to(margins.device, margins.dtype)
+    each = y * torch.nn.functional.logsigmoid(margins) + (1 - y) * torch.nn.functional.logsigmoid(-margins)
+    return -2.0 * each.sum() / max(num_tags, 1)

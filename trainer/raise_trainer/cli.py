@@ -116,12 +116,20 @@ def _doctor(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _prm(arguments: Sequence[str]) -> int:
+    """process reward models: tokens | train | label | score"""
+    from .prm.command import run_command
+
+    return run_command(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
     "train": _train,
     "sft": _sft,
     "check-data": _check_data,
     "score": _score,
+    "prm": _prm,
     "report": _report,
     "doctor": _doctor,
 }

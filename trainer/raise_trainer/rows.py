@@ -11,6 +11,9 @@ data_source     where it comes from                    optional
 process         "<think>…</think>"                     supervised rows only; the target is process + solution
 references      [str, …]                               optional, OCR and free-form: several accepted phrasings
 reward          "scre" or "igsr"                       optional: the route, in place of its problem type's
+steps           [{"name", "thought", "reflection"}, …] optional: a chain's steps; a str is a thought alone
+answer          the answer that the chain came to      optional; a process reward model learns these three
+labels          ["good", "neutral", "bad", 0.25, …]    of each step, and of the answer if there is one more
 """
 
 from collections.abc import Mapping
@@ -29,6 +32,7 @@ Route = Literal["scre", "igsr"]
 DATA_TYPES = ("video", "image", "text")
 PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "OCR", "free-form")
 ROUTES = ("scre", "igsr")
+LABELS = {"good": 1.0, "neutral": 0.5, "bad": 0.0}
 _STRICT = {"multiple choice", "numerical"}
 _SEVERAL = {"OCR", "free-form"}
 
@@ -38,7 +42,7 @@ class Row:
     """One question, about one medium or none. path is None for text alone; reward is "" for its type's route;
     sampling is its data file's own, None for that of the run.
 
-    Fields mean what the schema above says.
+    Fields mean what the schema above says. labels: 1 good, 0.5 neutral, 0 bad.
     """
 
     problem_id: int | str
@@ -52,6 +56,9 @@ class Row:
     process: str = ""
     references: tuple[str, ...] = ()
     reward: str = ""
+    steps: tuple[rc.Step, ...] = ()
+    answer: str = ""
+    labels: tuple[float, ...] = ()
     sampling: Sampling | None = None
 
     @property
@@ -95,7 +102,7 @@ def parse_row(number: int, raw: Any, root: Path, reward: str = "", sampling: Sam
     for key in ("problem", "data_type", "problem_type", "solution"):
         if not isinstance(raw.get(key), str) or not raw[key].strip():
             raise BadRow(f"{name}: no `{key}` (a non-empty string); add it or drop the row")
-    for key in ("process", "data_source", "reward"):
+    for key in ("process", "data_source", "reward", "answer"):
         if not isinstance(raw.get(key, ""), str):
             raise BadRow(f"{name}: `{key}` is {type(raw[key]).__name__}, expected a string")
     kind = raw["problem_type"]
@@ -106,6 +113,7 @@ def parse_row(number: int, raw: Any, root: Path, reward: str = "", sampling: Sam
     options, references = (_strings(name, key, raw.get(key) or []) for key in ("options", "references"))
     if references and kind not in _SEVERAL:
         raise BadRow(f"{name}: `references` on a {kind} row; give one `solution`")
+    steps, answer = _steps(name, raw.get("steps") or []), raw.get("answer", "").strip()
     if rc.verify_details(kind, "<answer>0</answer>", raw["solution"]).reason == "bad_solution":
         raise BadRow(f"{name}: solution {raw['solution'][:60]!r} cannot be read as {kind}; mend it")
     if kind == "multiple choice":
@@ -123,7 +131,40 @@ def parse_row(number: int, raw: Any, root: Path, reward: str = "", sampling: Sam
         references=references,
         reward=raw.get("reward") or reward,
         sampling=sampling,
+        steps=steps,
+        answer=answer,
+        labels=_labels(name, raw.get("labels") or [], len(steps), bool(answer)),
     )
+
+
+def _steps(name: str, steps: Any) -> tuple[rc.Step, ...]:
+    found = list[rc.Step]()
+    for i, given in enumerate(steps if isinstance(steps, list) else [steps]):
+        parts = {"name": "", "thought": given} if isinstance(given, str) else given
+        if (
+            not isinstance(parts, Mapping)
+            or not {"thought"} <= set(parts) <= {"name", "thought", "reflection"}
+            or not all(isinstance(text, str) for text in parts.values())
+            or not parts["thought"].strip()
+        ):
+            raise BadRow(f"{name}: steps[{i}] is {str(given)[:60]!r}, expected a thought, or one with a name")
+        found.append(rc.Step(**parts))
+    return tuple(found)
+
+
+def _labels(name: str, labels: Any, steps: int, answered: bool) -> tuple[float, ...]:
+    """Labels as numbers from 0 (bad) to 1 (good)."""
+    if labels and (not isinstance(labels, list) or len(labels) not in (steps, steps + answered)):
+        got = len(labels) if isinstance(labels, list) else type(labels).__name__
+        also = f", or {steps + 1} with the answer's" if answered else ""
+        raise BadRow(f"{name}: {got} labels for {steps} steps, expected {steps}{also}")
+    numbers = list[float]()
+    for i, label in enumerate(labels):
+        number = LABELS.get(label) if isinstance(label, str) else label
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
+            raise BadRow(f"{name}: labels[{i}] is {label!r}, expected good, neutral, bad or a number in 0..1")
+        numbers.append(float(number))
+    return tuple(numbers)
 
 
 def _one_of(name: str, key: str, value: str, known: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -150,6 +150,11 @@ class TrainConfig(BaseModel):
 
 def load(file: Path | None, pairs: Sequence[str] = ()) -> TrainConfig:
     """The settings of a YAML file, changed by `key=value` pairs. UserError naming the first fault."""
+    return check(read_settings(file, pairs))
+
+
+def read_settings(file: Path | None, pairs: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of a YAML file, changed by `key=value` pairs, not checked. UserError where it is none."""
     given: dict[str, Any] = {}
     if file is not None:
         try:
@@ -169,19 +174,27 @@ def load(file: Path | None, pairs: Sequence[str] = ()) -> TrainConfig:
             given[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             given[key] = value
-    return check(given)
+    return given
 
 
 def check(given: Mapping[str, Any]) -> TrainConfig:
     """Settings by name, checked. UserError naming an unknown key with its nearest one, or a wrong value."""
-    known = list(TrainConfig.model_fields)
+    return checked(TrainConfig, given)
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def checked(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
+    """As `check`, for settings of any kind."""
+    known = list(kind.model_fields)
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise UserError(f"unknown setting {key!r}; {hint}")
     try:
-        return TrainConfig(**given)
+        return kind(**given)
     except ValidationError as error:
         raise UserError(_fault(error)) from None
 
@@ -198,11 +211,11 @@ def _fault(error: ValidationError) -> str:
     return f"{name}: got {got}; " + ", or ".join(dict.fromkeys(s[0].lower() + s[1:] for s in said))
 
 
-def as_yaml(config: TrainConfig) -> str:
+def as_yaml(config: BaseModel) -> str:
     """The settings with their documentation, as a YAML file that `load` reads."""
     values = config.model_dump(mode="json")
     lines = list[str]()
-    for name, field in TrainConfig.model_fields.items():
+    for name, field in type(config).model_fields.items():
         lines.append(f"# {' '.join((field.description or '').split())}")
         value = yaml.safe_dump(values[name], default_flow_style=True, width=1000)
         lines.append(f"{name}: {value.removesuffix('...' + chr(10)).strip()}")
