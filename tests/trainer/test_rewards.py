@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from rich.console import Console
 from torch import Tensor
 
 import raise_core as rc
-from raise_trainer import tiny
+from raise_trainer import tiny, world
+from raise_trainer.clips import write_mp4
 from raise_trainer.config import RewardKind
 from raise_trainer.demo import save_model
 from raise_trainer.errors import UserError
@@ -155,6 +157,30 @@ def test_every_name_that_can_be_configured_is_known() -> None:
     assert set(get_args(RewardKind)) == {"scre-igsr", "scre-igsr-balanced", "accuracy", *FAMILY}
     assert {n for n in FAMILY if reads_all_rows(n)} == {"intuitor", "rent", "em-rl", "deepconf"}
     assert not reads_all_rows("accuracy")
+    with pytest.raises(UserError, match="reward: got 'rlprr'; input should be 'scre-igsr'"):
+        check({"model": "m", "data": "d.json", "out": "o", "reward": "rlprr"})
+
+
+@pytest.mark.parametrize("name", ["rlpr", "intuitor"])
+def test_after_a_video_as_in_a_pass_for_each(name: Any, model: Any, processor: Any, tmp_path: Path) -> None:
+    """The video runs once, for the group and for the gold answers; with its features made before or not."""
+    clip = tmp_path / "a.mp4"
+    write_mp4(clip, world.render(world.draw_scene(random.Random(0), "move")), world.FPS)
+    builder = PromptBuilder(processor, frames=8, max_length=400)
+    prompt = builder(replace(ROWS[0], data_type="video", path=clip))
+    ids = [processor.tokenizer(t)["input_ids"] for t in TEXTS[:G]]
+    none = [torch.zeros(len(c)) for c in ids]
+    scorer = rc.Scorer(model)
+    method = Method(group_size=G, max_new_tokens=28, reward=name)
+    rollouts = [
+        Rollout([prompt], ids, none, none, [0] * G, features)
+        for features in (None, scorer.vision_features([prompt.inputs]))
+    ]
+    alone = score(rollouts[0], rc.Scorer(model, packing="plain"), processor.tokenizer, method, eos=[]).reward
+    assert len(set(alone.tolist())) == G
+    for rollout in rollouts:
+        got = score(rollout, scorer, processor.tokenizer, method, eos=[]).reward
+        assert_within_error_budget(got.float(), alone.double(), close_to(alone.double(), 4), name=name)
 
 
 @pytest.mark.parametrize("name, kl", [*((name, 0.0) for name in FAMILY), ("rent", 0.04), ("rlpr", 0.04)])
