@@ -32,8 +32,7 @@ def test_jepo_of_answers_that_are_far_too_long_for_a_probability() -> None:
     logp, offsets = torch.tensor([-1200.0, -1300.0], dtype=torch.float64), torch.arange(3)
     got = rc.jepo(logp, offsets, torch.zeros(2, dtype=torch.long))
     want = torch.tensor([100 - math.log(2), -math.log(2)], dtype=torch.float64)
-    assert float((got - want).abs().max()) * 1e-3 < torch.finfo(torch.float64).eps * 1300
-    assert torch.isfinite(got).all()
+    assert_equal_but_for_roundings(got, want, name="long")
 
 
 def test_jepo_counts_an_empty_answer_as_impossible_and_leaves_a_nan_out() -> None:
@@ -49,7 +48,9 @@ def test_jepo_counts_an_empty_answer_as_impossible_and_leaves_a_nan_out() -> Non
     assert left[2].isnan()
     assert_exact(left[:2], rc.jepo(broken[:2], torch.arange(3), group[:2]), name="without it")
     nobody = rc.jepo(torch.tensor([-math.inf] * 2), torch.arange(3), group[:2])
-    assert nobody.tolist() == [0.0, 0.0] and LEAST < -1e5
+    assert nobody.tolist() == [0.0, 0.0]
+    lone = rc.jepo(torch.tensor([-1.0, -math.inf]).double(), torch.arange(3), group[:2])
+    assert lone.isfinite().all() and lone[0] > -LEAST - 10 and lone[1] < 0
 
 
 def test_nover_by_hand() -> None:
