@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raise_core.policy_kinds import CLIPPED, KINDS
-from raise_core.policy_loss import policy_loss
+from raise_core.policy_kinds import CLIPPED, KINDS, Objective
+from raise_core.policy_loss import policy_loss, policy_step
 from tests.budget import (
     assert_as_exact_as_a_double,
     assert_equal_but_for_roundings,
@@ -277,3 +277,9 @@ def test_bounds_that_only_the_device_knows_are_never_read_beyond(bounds: list[in
     logp, old, advantage = torch.zeros(4), torch.full((4,), -0.1), torch.ones(2)
     out = policy_loss(logp, old, advantage, offsets, kind="gspo", num_tokens=4, num_sequences=2)
     assert out.loss.isnan() == lost
+    how = Objective(
+        kind="gspo", eps_low=LOW, eps_high=HIGH, dual_clip=None, max_ratio=5.0, tau_pos=1.0, tau_neg=1.05, kl=0.0,
+        kl_estimator="k3", max_length=None,
+    )  # fmt: skip
+    read = policy_step(how, logp, advantage, offsets, 4, 2, None).bounds
+    assert read.tolist() == [min(bound, 4) for bound in bounds]
