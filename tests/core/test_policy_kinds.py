@@ -278,8 +278,8 @@ def test_bounds_that_only_the_device_knows_are_never_read_beyond(bounds: list[in
     out = policy_loss(logp, old, advantage, offsets, kind="gspo", num_tokens=4, num_sequences=2)
     assert out.loss.isnan() == lost
     how = Objective(
-        kind="gspo", eps_low=LOW, eps_high=HIGH, dual_clip=None, max_ratio=5.0, tau_pos=1.0, tau_neg=1.05, kl=0.0,
-        kl_estimator="k3", max_length=None,
+        kind="gspo", eps_low=LOW, eps_high=HIGH, dual_clip=None, max_ratio=5.0, tau_pos=1.0, tau_neg=1.05,
+        kl=0.0, kl_estimator="k3", max_length=None,
     )  # fmt: skip
     read = policy_step(how, logp, advantage, offsets, 4, 2, None).bounds
     assert read.tolist() == [min(bound, 4) for bound in bounds]
