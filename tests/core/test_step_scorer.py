@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import raise_core as rc
-from raise_core.chain import END, STEP_CLOSE, StepTokens, tag_steps
+from raise_core.chain import BAD, END, GOOD, STEP_CLOSE, STEP_TAG, StepTokens, TaggedChain, tag_steps
 from raise_core.scoring.step_scorer import LEAD
 from raise_trainer.chain_tokens import add_chain_tokens
 from tests.budget import HALF_ULP, assert_exact, assert_within_error_budget, no_better_than
 from tests.small_tokenizers import EOS, byte_level
-from tests.tiny_models import text_model
+from tests.tiny_models import media_prompt, text_model, vision_model
 
 STEPS = [rc.Step("look", "a ball", "seen"), rc.Step("then", "blue", "as said"), rc.Step("so", "B", "yes")]
 
@@ -80,6 +80,35 @@ def test_margins_and_gradients_are_those_of_passes_of_their_own(family: str, pac
     for a, w, p in zip(got_slopes, slopes, near_slopes, strict=True):
         fair = no_better_than(p, w, share * w.abs().max())
         assert_within_error_budget(a, w, fair, name="gradient")
+
+
+class Named:
+    """A tokenizer of which no more than three ids are known."""
+
+    token_to_id = {STEP_TAG: 7, GOOD: 21, BAD: 22}.get
+
+
+def test_a_prompt_with_a_video_is_one_pass_for_its_chains() -> None:
+    model = vision_model("Qwen2_5_VL")
+    prompt = media_prompt(model, videos=[(2, 4, 4)])
+    places = (3, 8, 15, 16, 23)
+    tagged = [
+        TaggedChain(tuple(7 if i in places else first + i for i in range(24)), places, 5, places)
+        for first in (30, 60, 90)
+    ]
+    found = []
+    for dtype, packing in (
+        (torch.float64, "plain"),
+        (torch.float32, "plain"),
+        (torch.float32, "packed"),
+    ):
+        one = copy.deepcopy(model).to(dtype)
+        own = prompt | {"pixel_values_videos": prompt["pixel_values_videos"].to(dtype)}
+        scorer = rc.StepScorer(rc.Scorer(one, packing=packing), cast("Any", Named()))
+        found.append(scorer.margins([own], [tagged]).detach())
+    want, near, got = found
+    assert_within_error_budget(got, want, near, name="video")
+    assert len(set(want.tolist())) == 15
 
 
 def test_scores_by_completion() -> None:

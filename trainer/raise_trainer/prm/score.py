@@ -65,9 +65,13 @@ def score_rows(
                 found.saw([*line["step_scores"], line["answer_score"] or 0.0], labels)
                 file.write(json.dumps(line) + "\n")
     for text in found.left_out:
-        console.print(f"left out: {text}", markup=False)
+        console.print(f"left out: {text}", markup=False, soft_wrap=True)
     rate = f", {found.right / found.tags:.1%} of {found.tags} labels agreed with" if found.tags else ""
-    console.print(f"{out}: {len(source) - len(found.left_out)} of {len(source)} chains{rate}", markup=False)
+    console.print(
+        f"{out}: {len(source) - len(found.left_out)} of {len(source)} chains{rate}",
+        markup=False,
+        soft_wrap=True,
+    )
     return found
 
 
