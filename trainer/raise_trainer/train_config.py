@@ -87,8 +87,8 @@ class TrainConfig(BaseModel):
     """how far a ratio counts below and above 1; (0.2, 0.28) is clip-higher, a third number the dual clip;
     gspo wants about (3e-4, 4e-4), cispo bounds a token's weight at 1 + the second, sapo takes neither"""
     kl: Kl = 0.0
-    """weight of the KL term to the reference; {k1 | k2 | k3: weight} names the estimator (k3); k1 pulls nowhere
-    on average"""
+    """weight of the KL term to the reference; {k1 | k2 | k3: weight} names the estimator (k3); k1 pulls
+    nowhere on average"""
     mask_truncated: bool = True
     """leave completions that reached max_new_tokens out of the loss"""
 
