@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.record import RESULTS, provenance
 from raise_trainer.config import DemoConfig
 from raise_trainer.demo import Prepared, held_out, prepare, start, warm_start
+from raise_trainer.json_lines import read_json_lines
 from raise_trainer.logbook import Logbook
 from raise_trainer.loop import run_grpo, run_sft
 
@@ -94,12 +95,13 @@ def run_seed(seed: int, config: DemoConfig) -> list[dict[str, Any]]:
         records.append(record(seed, "more sft", more, data, config, log) | spent)
         for reward, arm in (("accuracy", "grpo accuracy"), ("scre-igsr", "grpo scre-igsr")):
             trained, chosen = copy.deepcopy(model), replace(config, reward=reward)
-            first, begun = len(log.records), time.monotonic()
+            begun = time.monotonic()
             run_grpo(
                 trained, data.train, data.processor.tokenizer, chosen, log, name=arm, sampling=data.sampling
             )
             spent = {"seconds": time.monotonic() - begun}
-            steps_log = log.records[first:]
+            written = read_json_lines(log.out / "metrics.jsonl")
+            steps_log = [line for _, line in written if line["stage"] == arm]
             means = {key: sum(r[key] for r in steps_log) / len(steps_log) for key in TRAINING}
             records.append(record(seed, arm, trained, data, chosen, log) | means | spent)
         return records

@@ -44,7 +44,7 @@ class Plan:
     kills: int = 24
     rows: int = 120
     bad: int = 6
-    longest: int = 60
+    longest: int = 40
     warm: int = 80
     save_every: int = 10
     seed: int = 0

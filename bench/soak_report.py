@@ -11,7 +11,7 @@ from statistics import NormalDist
 from typing import Any
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "soak.svg"
-WARM = 20  # first steps of each process that do not count: caches fill, allocators grow
+WARM = 100  # first steps of each process that do not count: caches fill, allocators grow
 BLOCK = 20  # steps averaged to a point; two checkpoints lie in each
 FLAT = 0.01  # of the memory itself, in 1,000 steps: more is no flat memory
 Record = dict[str, Any]
@@ -30,7 +30,7 @@ class Slope:
 def slope(lives: Sequence[Sequence[float]]) -> Slope | None:
     """Common slope of memory [MiB] over the steps of several processes, each with a level of its own.
 
-    Least squares through the means of blocks of 20 steps, after each process's first 20: neighbouring steps
+    Least squares through the means of blocks of 20 steps, after each process's first 100: neighbouring steps
     are no independent samples. Student's t with (points - processes - 1) degrees of freedom; None below 8.
     """
     found = [points for life in lives if len(points := list(_blocks(life))) > 1]

@@ -49,7 +49,7 @@ def life(steps: int, level: float, rise: float, wave: float = 0.0) -> list[float
 
 def test_a_slope_is_found_through_the_levels_of_processes() -> None:
     found = slope([life(300, LEVEL, 0.25), life(30, 5000.0, 0.25), life(200, 900.0, 0.25)])
-    assert found is not None and found.points == 14 + 9
+    assert found is not None and found.points == (300 - WARM) // BLOCK + (200 - WARM) // BLOCK
     assert (found.slope, found.low, found.high) == pytest.approx((250.0, 250.0, 250.0))
     wavy = slope([life(800, LEVEL, 0.25, wave=3.0)])
     assert wavy is not None and wavy.low < 250.0 < wavy.high and wavy.low < wavy.slope < wavy.high

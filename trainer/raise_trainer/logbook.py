@@ -61,7 +61,6 @@ class Logbook:
         self.out = out
         self.silent = silent
         self.console = console or Console(highlight=False, quiet=silent)
-        self.records: list[dict[str, Any]] = []
         self.tracker: Tracker | None = None
         self._started = time.monotonic()
         self._tabled = -math.inf
@@ -99,9 +98,7 @@ class Logbook:
 
     def write(self, stage: str, step: int, **figures: float) -> None:
         """One line of metrics.jsonl; the tracker gets it too."""
-        record = {"stage": stage, "step": step, **figures}
-        self.records.append(record)
-        self._append("metrics.jsonl", record)
+        self._append("metrics.jsonl", {"stage": stage, "step": step, **figures})
         if self.tracker is not None:
             self.tracker.log(stage, step, figures)
 

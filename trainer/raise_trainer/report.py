@@ -10,6 +10,7 @@ from PIL import Image
 
 from .config import DemoConfig
 from .evaluate import HeldOut
+from .json_lines import read_json_lines
 from .logbook import Logbook
 from .pages import INK, RIGHT, STYLE, WRONG, data_source, render, running_mean, svg
 from .prompts import Prompt
@@ -34,7 +35,10 @@ def write_report(
     arms: name -> held-out answers, `eval_samples` per prompt in the order of `prompts`; the baseline first.
     """
     with plt.rc_context(STYLE):
-        figures = {"curves": _curves(log.records), "confidence": _confidence(arms)}
+        figures = {
+            "curves": _curves([record for _, record in read_json_lines(log.out / "metrics.jsonl")]),
+            "confidence": _confidence(arms),
+        }
     summaries = {name: arm.figures for name, arm in arms.items()}
     return render(
         "report.html",
