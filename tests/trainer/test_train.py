@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from raise_trainer import tiny
+from raise_trainer import tiny, trackers
+from raise_trainer import train as train_module
 from raise_trainer.checkpoints import ResumeRefused
 from raise_trainer.dataset import write_dataset
 from raise_trainer.demo import save_model
@@ -107,6 +109,13 @@ def test_the_warm_start_learned_and_the_run_is_recorded(world: Path, whole: Path
     assert all(row["left_out"] == 0 for row in rows)
     times = [json.loads(line) for line in (whole / "timings.jsonl").read_text().splitlines()]
     assert {"decode", "rollout", "score", "update"} <= times[0].keys()
+    *steps, ended = times
+    tokens = [9 * row["completion_tokens_mean"] for row in rows]  # 3 prompts, 3 completions each
+    seconds = [t / spent["tokens_per_s"] for t, spent in zip(tokens, steps, strict=True)]
+    for spent, whole_step in zip(steps, seconds, strict=True):
+        phases = [spent[phase] - 0.0005 for phase in ("decode", "rollout", "score", "update")]  # of rounding
+        assert sum(phases) <= whole_step and 0 < spent["peak_gib"] < 100
+    assert ended["stage"] == "train" and sum(seconds) <= ended["seconds"] + 0.0005
     assert sorted(p.name[-6:] for p in (whole / "checkpoints").iterdir()) == ["step-4", "step-6"]
 
 
@@ -123,6 +132,7 @@ def test_killed_at_any_time_it_goes_on_to_the_same_figures(world: Path, whole: P
     run_train(settings)
     assert lines(settings.out) == lines(whole)
     assert log.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (settings.out / "rows.jsonl").read_bytes() == (whole / "rows.jsonl").read_bytes()
 
 
 def test_a_signal_saves_and_ends_well(world: Path, whole: Path, tmp_path: Path) -> None:
@@ -174,21 +184,72 @@ def test_what_cannot_be_used_is_left_out_by_name(world: Path, tmp_path: Path) ->
     listed = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
     assert {entry["id"] for entry in listed} >= {"lost", "broken"} and len(listed) == 3
     assert any("no `solution`" in entry["reason"] for entry in listed)
+    taken = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
+    assert sorted(n for step in taken for n in step["left_out"]) == [2, 4, 7]
+    assert sorted(n for step in taken for n in step["used"]) == [0, 1, 3, 5, 6, 8]
     rows = lines(run)
     assert rows[-1]["left_out"] == 3 and rows[-1]["epoch"] == 1.0
-    assert sum(row["ratio_mean"] > 0 for row in rows if "ratio_mean" in row) >= 2
+    assert all(row["completion_tokens_mean"] > 0 for row in rows)
     with pytest.raises(UserError, match=r"lost|broken|solution"):
         run_train(config(world, tmp_path / "strict", data=data, steps=3, on_bad_media="fail"))
 
 
-def test_weights_trained_in_bfloat16_are_warned_of(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_steps_too_small_for_bfloat16_move_the_weights(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At small learning rates AdamW's steps vanish there; adapters are fp32 and are not."""
-    run_train(config(world, tmp_path / "full", steps=1, dtype="bfloat16"))
-    assert "lost in rounding" in " ".join(capsys.readouterr().out.split())
-    run_train(config(world, tmp_path / "lora", steps=1, dtype="bfloat16", lora_rank=2))
-    assert "lost in rounding" not in " ".join(capsys.readouterr().out.split())
+    """None is half a place of a weight above 1/16: on fp32 copies they add up, else none shows."""
+    other = {"dtype": "bfloat16", "steps": 12, "save_every": 12, "lr": 4e-4}
+
+    def moved(out: Path) -> float:
+        """The share of the larger weights that are others after the run."""
+        settings = config(world, out, **other, data=[world / "data/sft.json"])
+        run_sft(settings)
+        start = load_file(Path(settings.model) / "model.safetensors")
+        (after,) = out.glob("checkpoints/*-step-12/model/model.safetensors")
+        end = load_file(after)
+        pairs = [(start[k].bfloat16().flatten(), end[k].flatten()) for k in end]
+        old, new = (torch.cat(side) for side in zip(*pairs, strict=True))
+        assert new.dtype == torch.bfloat16
+        return float((old != new)[old.abs() > 1 / 16].float().mean())
+
+    assert moved(tmp_path / "copies") > 0.1
+    monkeypatch.setattr(train_module, "adamw", lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.01))
+    assert moved(tmp_path / "none") == 0.0
+
+
+def test_the_tracker_gets_what_the_files_get(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the run goes on: from the step of its checkpoint."""
+    sent: dict[int, dict[str, float]] = {}
+    begun: list[int] = []
+    ended: list[int] = []
+
+    class Fake:
+        def log(self, values: dict[str, float], step: int) -> None:
+            sent.setdefault(step, {}).update(values)
+
+        def finish(self) -> None:
+            ended.append(len(sent))
+
+    def started(kind: str, folder: Path, settings: dict[str, Any], step: int) -> Fake:
+        assert (kind, folder, settings["lr"]) == ("wandb", tmp_path / "run", 1e-3)
+        begun.append(step)
+        return Fake()
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: object())
+    monkeypatch.setattr(trackers, "_started", started)
+    for steps in (2, 3):
+        run = run_train(config(world, tmp_path / "run", tracker="wandb", steps=steps))
+    assert begun == [0, 2] and ended == [2, 3] and list(sent) == [0, 1, 2]
+    for row in lines(run):
+        found = {name: value for name, value in sent[row["step"]].items() if name.startswith("train/")}
+        assert found == {f"train/{name}": v for name, v in row.items() if name not in ("stage", "step")}
+        assert {"time/rollout", "time/tokens_per_s", "time/peak_gib"} <= sent[row["step"]].keys()
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        run_train(config(world, tmp_path / "new", tracker="tensorboard", model="not looked at"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_evaluation_keeps_the_best_checkpoint(world: Path, tmp_path: Path) -> None:
