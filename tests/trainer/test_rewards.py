@@ -154,7 +154,7 @@ def test_a_share_of_the_text_score_and_the_same_figures(rolled: Rollout, model: 
 
 
 def test_every_name_that_can_be_configured_is_known() -> None:
-    assert set(get_args(RewardKind)) == {"scre-igsr", "scre-igsr-balanced", "accuracy", *FAMILY}
+    assert set(get_args(RewardKind)) == {"scre", "scre-igsr", "scre-igsr-balanced", "accuracy", *FAMILY}
     assert {n for n in FAMILY if reads_all_rows(n)} == {"intuitor", "rent", "em-rl", "deepconf"}
     assert not reads_all_rows("accuracy")
     with pytest.raises(UserError, match="reward: got 'rlprr'; input should be 'scre-igsr'"):

@@ -99,6 +99,30 @@ def test_confidence_rewards_come_from_the_reference(rolled: Rollout, model: Any,
     assert (got.reward[4:7] > 0).all()
 
 
+def test_scre_alone_leaves_open_rows_their_text_score(rolled: Rollout, model: Any, processor: Any) -> None:
+    got, whole = (scored(rolled, model, processor, kind) for kind in ("scre", "scre-igsr"))
+    assert_exact(got.reward[:G], whole.reward[:G], name="strict rows")
+    assert_exact(got.reward[G:], got.score[G:], name="open rows")
+
+
+def test_the_options_of_scre_and_igsr_are_those_of_the_library(
+    rolled: Rollout, model: Any, processor: Any
+) -> None:
+    """Each number given to `Method` is the one of `raise_core.scre` and `raise_core.igsr`."""
+    given = {"eta": 0.5, "lam": 5.0, "tau": 0.3, "penalty": 0.01}
+    got = score(
+        rolled, rc.Scorer(model), processor.tokenizer, method(**given),
+        eos=[processor.tokenizer.eos_token_id],
+    )  # fmt: skip
+    want = rc.Scorer(model).rewards(
+        rolled.inputs, rolled.groups, got.score, [True] * G + [False] * G, processor.tokenizer,
+        group_size=G, **given,
+    )  # fmt: skip
+    plain = scored(rolled, model, processor, "scre-igsr")
+    assert_exact(got.reward, want.reward, name="reward")
+    assert (got.reward != plain.reward)[[0, 2]].all() and (got.reward != plain.reward)[G:].any()
+
+
 def test_both_kinds_log_the_same_figures(rolled: Rollout, model: Any, processor: Any) -> None:
     a, b = (scored(rolled, model, processor, kind) for kind in ("accuracy", "scre-igsr"))
     differing = {key for key in a.metrics if a.metrics[key] != b.metrics[key]}

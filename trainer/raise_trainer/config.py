@@ -10,6 +10,7 @@ OnBad = Literal["skip", "fail"]
 RewardKind = Literal[
     "scre-igsr",
     "scre-igsr-balanced",
+    "scre",
     "accuracy",
     "likelihood",
     "mean-logp",

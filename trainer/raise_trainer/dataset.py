@@ -31,16 +31,17 @@ def write_dataset(
         write_mp4(root / name, world.render(scene), world.FPS)
         for task in world.TASKS_OF[scene.kind]:
             number = len(rows["train"]) + len(rows["test"])
-            rows[split].append(_row(rng, scene, task, name, number))
+            rows[split].append(question_row(rng, scene, task, name, number))
             if split == "train":
-                rows["sft"].append(rows[split][-1] | _noisy(rng, scene, task))
+                rows["sft"].append(rows[split][-1] | flawed_target(rng, scene, task))
         video += 1
         advance(1 if split == "train" else len(world.TASKS_OF[scene.kind]))
     for name, some in rows.items():
         (root / f"{name}.json").write_text(json.dumps(some, indent=0), encoding="utf-8")
 
 
-def _row(rng: random.Random, scene: world.Scene, task: str, path: str, number: int) -> dict[str, Any]:
+def question_row(rng: random.Random, scene: world.Scene, task: str, path: str, number: int) -> dict[str, Any]:
+    """One question about a scene in the Video-R1 schema; path of its video under the data root."""
     truth = world.claim(scene, task)
     options = world.options_of(task)
     answer = world.answer_text(task, truth, options, rng)
@@ -57,7 +58,7 @@ def _row(rng: random.Random, scene: world.Scene, task: str, path: str, number: i
     return row | {"references": world.references(rng, truth)} if task == "describe" else row
 
 
-def _noisy(rng: random.Random, scene: world.Scene, task: str) -> dict[str, str]:
+def flawed_target(rng: random.Random, scene: world.Scene, task: str) -> dict[str, str]:
     """The supervised chain and answer of a row, wrong in the fixed shares."""
     options = world.options_of(task)
     truth, lie = world.claim(scene, task), world.false_claim(rng, scene, task, options)

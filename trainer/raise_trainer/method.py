@@ -15,13 +15,21 @@ Bonus = Literal["format", "t-grpo", "grpo-care"]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How completions are drawn, rewarded and learned from; the fields are those of `TrainConfig`."""
+    """How completions are drawn, rewarded and learned from; the fields are those of `TrainConfig`.
+
+    eta, lam, tau and penalty, of SCRE and IGSR (`raise_core.scre`, `raise_core.igsr`), are not: a run has
+    their defaults.
+    """
 
     group_size: int
     max_new_tokens: int
     temperature: float = 1.0
     reward: RewardKind = "scre-igsr"
     confidence_share: float = 1.0
+    eta: float = 0.1
+    lam: float = 1.0
+    tau: float = 0.1
+    penalty: float = 0.05
     bonus: Mapping[Bonus, float] = field(default_factory=dict)  # weight of each, in units of reward
     loss: Kind = "dr_grpo"
     scale: Literal["group", "batch", "none"] = "group"

@@ -46,7 +46,8 @@ def score(
     """Score a rollout under the reference that `scorer` holds; call where that reference is active.
 
     method.reward: "scre-igsr" rewards right answers by the reference's confidence in them (SCRE for strict
-    rows, IGSR for open ones); "accuracy" rewards by the text score alone; the others are those of `rewards`.
+    rows, IGSR for open ones), "scre" the strict rows alone, open ones by their text score; "accuracy" rewards
+    by the text score everywhere; the others are those of `rewards`.
     All log the same figures.
     confidence_share k: text * (1 - k) + k * confidence reward. To that come the bonuses "format", for the
     wanted form, and "grpo-care" (`raise_core.bonuses.consistency_bonus`); "t-grpo" needs shuffled frames too:
@@ -61,6 +62,7 @@ def score(
     offsets = torch.tensor([0, *(len(f) for f in found)]).cumsum(0)
     variant = "balanced" if method.reward == "scre-igsr-balanced" else "paper"
     options: dict[str, Any] = {"group_size": method.group_size, "variant": variant}
+    options |= {name: getattr(method, name) for name in ("eta", "lam", "tau", "penalty")}
     logp_ref = states = None
     if method.kl or method.watch_kl or reads_all_rows(method.reward):
         states = scorer.completion_rows(rollout.inputs, rollout.groups, features=rollout.features)
@@ -86,6 +88,8 @@ def score(
     confidence, k = got.confidence.cpu(), method.confidence_share
     logp, extra = got.parts["logp"].cpu(), dict[str, float]()
     value = text_score if method.reward == "accuracy" else got.reward.cpu()
+    if method.reward == "scre":
+        value = torch.where(strict, value, text_score)
     if method.reward in FAMILY:
         value = family_reward(
             method.reward, rollout, scorer, tokenizer, found=found, text_score=text_score, own_logp=logp,

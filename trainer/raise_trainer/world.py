@@ -98,20 +98,20 @@ def draw_scene(rng: random.Random, kind: str) -> Scene:
     return Scene(kind, tuple(things), ground)
 
 
-def render(scene: Scene) -> np.ndarray:
-    """The frames of a scene, `[FRAMES, SIZE, SIZE, 3]` uint8 RGB."""
+def render(scene: Scene, count: int = FRAMES) -> np.ndarray:
+    """The first to last frame of a scene, `[count, SIZE, SIZE, 3]` uint8 RGB; moves take the whole video."""
     ramp = np.linspace(0, RAMP, SIZE).astype(np.uint8)
     ground = np.full((SIZE, SIZE, 3), scene.ground, np.uint8)
     ground[..., 1] += ramp[:, None]
     ground[..., 2] += ramp[None, :]
     frames = []
-    for f in range(FRAMES):
+    for f in range(count):
         image = Image.fromarray(ground)
         pen = ImageDraw.Draw(image)
         for thing in scene.things:
             if f < thing.appears:
                 continue
-            a = f / (FRAMES - 1)
+            a = f / (count - 1)
             x, y = ((1 - a) * s + a * e for s, e in zip(thing.start, thing.end, strict=True))
             _draw(pen, thing, x, y)
         frames.append(np.asarray(image))
