@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ import torch
 from raise_trainer import cli, tiny
 from raise_trainer.errors import UserError
 from raise_trainer.prm import label as label_module
-from raise_trainer.prm.judge import Judge, Unreadable, messages_for, read_labels
+from raise_trainer.prm.judge import Unreadable, messages_for, read_labels
 from raise_trainer.prm.label import label_rows
 from raise_trainer.prm.label_config import LabelConfig, load_label_config
 from raise_trainer.prm.tokens import save_with_tokens
 from raise_trainer.rollout import Rollout, draws
 from raise_trainer.rows import parse_row
+from tests.trainer.fake_chat import FakeChat
 
 ROW = {
     "problem": "What is 2 + 3?", "data_type": "text", "problem_type": "numerical",
@@ -29,113 +28,10 @@ ROW = {
 GOOD_REPLY = '{"labels": ["good", "Neutral"]}'
 
 
-class Fake(ThreadingHTTPServer):
-    """An endpoint that answers what it is told to, one after another; the last answer for ever."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: list[Any] = [GOOD_REPLY]
-        self.seen: list[tuple[dict[str, str], Any]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Fake
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.seen.append((dict(self.headers), body))
-        assert self.path == "/v1/chat/completions"
-        answers = self.server.answers
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        status, headers, content = 200, {}, b""
-        if isinstance(answer, str):
-            content = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
-        elif isinstance(answer, bytes):
-            content = answer
-        else:
-            status, headers, content = answer
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def server() -> Iterator[Fake]:
-    with Fake() as fake:
-        thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+def server() -> Iterator[FakeChat]:
+    with FakeChat(GOOD_REPLY) as fake:
         yield fake
-        fake.shutdown()
-        thread.join()
-
-
-def judge(server: Fake, folder: Path, waits: list[float] | None = None, **options: Any) -> Judge:
-    sleep: Callable[[float], None] = ([] if waits is None else waits).append
-    return Judge(server.url, "j", folder / "replies.jsonl", sleep=sleep, **options)
-
-
-ASK = [{"role": "user", "content": "?"}]
-
-
-def test_a_reply_is_asked_for_once_and_kept(server: Fake, tmp_path: Path) -> None:
-    one = judge(server, tmp_path, key="secret")
-    assert one.reply(ASK) == one.reply(ASK) == GOOD_REPLY and len(server.seen) == 1
-    headers, body = server.seen[0]
-    assert headers["Authorization"] == "Bearer secret"
-    assert body == {"model": "j", "messages": ASK, "temperature": 0}
-    with (tmp_path / "replies.jsonl").open("a") as file:
-        file.write('{"question": "cut o')
-    again = judge(server, tmp_path)
-    assert again.reply(ASK) == GOOD_REPLY and again.asked == 0
-    assert "secret" not in (tmp_path / "replies.jsonl").read_text()
-    again.reply([{"role": "user", "content": "other"}])
-    assert again.asked == 1 and "Authorization" not in server.seen[1][0]
-    assert len(judge(server, tmp_path)._known) == 2
-    (tmp_path / "replies.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="line 1 is no reply"):
-        judge(server, tmp_path)
-
-
-def test_it_is_asked_again_where_that_may_help(server: Fake, tmp_path: Path) -> None:
-    waits: list[float] = []
-    server.answers = [(503, {}, b"busy"), (429, {"Retry-After": "7"}, b""), b"no json", b"{}", GOOD_REPLY]
-    assert judge(server, tmp_path, waits).reply(ASK) == GOOD_REPLY
-    assert waits == [1.0, 7.0, 14.0, 28.0]
-    server.answers = [(500, {}, b"  broken\n down ")]
-    with pytest.raises(UserError, match="status 500: broken down, after 3 tries; run again"):
-        judge(server, tmp_path, retries=2).reply([])
-    server.answers = [(401, {}, b"no key")]
-    before = len(server.seen)
-    with pytest.raises(UserError, match="status 401: no key"):
-        judge(server, tmp_path).reply([])
-    assert len(server.seen) == before + 1
-    with pytest.raises(UserError, match="expected http"):
-        Judge("file:///etc/passwd", "j", tmp_path / "x")
-
-
-def test_time_outs_and_refused_connections(tmp_path: Path, server: Fake) -> None:
-    gone = Judge("http://127.0.0.1:9/v1", "j", tmp_path / "a", retries=1, sleep=lambda _: None)
-    with pytest.raises(UserError, match="after 2 tries"):
-        gone.reply(ASK)
-    held = threading.Event()
-    server.answers = [(200, {}, b"")]
-    slow = server.RequestHandlerClass.do_POST
-    try:
-        Handler.do_POST = lambda self: held.wait(5)  # type: ignore[method-assign, assignment, misc]
-        with pytest.raises(UserError, match="timed out"):
-            judge(server, tmp_path, retries=0, timeout=0.1).reply(ASK)
-    finally:
-        held.set()
-        Handler.do_POST = slow  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +72,7 @@ def written(file: Path, rows: list[dict[str, Any]]) -> Path:
     return file
 
 
-def by_judge(server: Fake, folder: Path, **other: Any) -> LabelConfig:
+def by_judge(server: FakeChat, folder: Path, **other: Any) -> LabelConfig:
     given = {
         "data": folder / "rows.jsonl", "out": folder / "out.jsonl", "by": "judge", "model": "j",
         "url": server.url, "retries": 0,
@@ -184,7 +80,7 @@ def by_judge(server: Fake, folder: Path, **other: Any) -> LabelConfig:
     return load_label_config([f"{k}={v}" for k, v in (given | other).items()])
 
 
-def test_rows_by_a_judge_go_on_where_they_stopped(server: Fake, tmp_path: Path) -> None:
+def test_rows_by_a_judge_go_on_where_they_stopped(server: FakeChat, tmp_path: Path) -> None:
     rows = [ROW | {"problem": f"{i}?"} for i in range(5)] + [ROW | {"steps": []}]
     written(tmp_path / "rows.jsonl", rows)
     server.answers = [GOOD_REPLY, "no idea", GOOD_REPLY, (500, {}, b"")]
@@ -208,7 +104,7 @@ def test_rows_by_a_judge_go_on_where_they_stopped(server: Fake, tmp_path: Path) 
         label_rows(by_judge(server, tmp_path, out=tmp_path / "new.jsonl", on_bad_media="fail"))
 
 
-def test_the_command(server: Fake, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_the_command(server: FakeChat, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     written(tmp_path / "rows.jsonl", [ROW])
     monkeypatch.setenv("MY_KEY", "k")
     pairs = [f"data={tmp_path}/rows.jsonl", f"out={tmp_path}/o.jsonl", "by=judge", "model=j",

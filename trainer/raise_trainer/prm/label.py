@@ -12,6 +12,7 @@ from rich.console import Console
 
 from raise_core.chain import step_ends
 
+from ..chat_client import ChatClient
 from ..errors import BadMedia, BadRow, UserError
 from ..media.loader import MediaLoader
 from ..models import Policy, load_policy
@@ -20,7 +21,7 @@ from ..rollout import draws, sample
 from ..row_files import RowSource
 from ..rows import Row
 from .chains import chain_text
-from .judge import Judge, Unreadable, messages_for, read_labels
+from .judge import Unreadable, messages_for, read_labels
 from .label_config import LabelConfig
 
 Labels = dict[str, Any]  # what a row gains
@@ -91,11 +92,11 @@ def _done(out: Path, fingerprint: str) -> set[int]:
 
 def _by_judge(config: LabelConfig) -> Labeller:
     assert config.url is not None  # load_label_config
-    judge = Judge(
+    judge = ChatClient(
         config.url,
         config.model,
         config.cache or config.out.with_suffix(".replies.jsonl"),
-        key=Judge.key_of(config.key_variable),
+        key=ChatClient.key_of(config.key_variable),
         timeout=config.timeout,
         retries=config.retries,
     )
