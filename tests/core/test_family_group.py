@@ -70,6 +70,8 @@ def test_nover_rewards_the_short_and_certain() -> None:
     got = rc.nover(logp, torch.arange(4), torch.zeros(3, dtype=torch.long), tokens)
     want = torch.tensor([1 + 2 / 2, 1 / 3, 2 / 3], dtype=torch.float64)
     assert_equal_but_for_roundings(got, want, name="efficiency")
+    same = rc.nover(logp[:2], torch.arange(3), torch.zeros(2, dtype=torch.long), torch.tensor([4, 4]))
+    assert same.tolist() == [1.0, 0.5]  # as long as the other is not longer
 
 
 def test_nover_of_one_of_none_and_of_nan() -> None:
