@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import raise_core as rc
+from raise_trainer import prefill
+from raise_trainer.errors import UserError
 from raise_trainer.prompts import Prompt
 from raise_trainer.rollout import draws, sample
 from tests.budget import assert_within_error_budget
@@ -69,3 +71,32 @@ def test_videos_images_and_text_together(family: str) -> None:
             text_prompt(7, seed=3),
         ],
     )
+
+
+@pytest.mark.filterwarnings("ignore:raise_core.Scorer runs each completion by itself")
+def test_models_that_cannot_be_packed_are_sampled_prompt_by_prompt() -> None:
+    agree(text_model("OPT", ffn_dim=64, word_embed_proj_dim=32), [text_prompt(12), text_prompt(9, seed=1)])
+
+
+def test_a_model_with_a_cache_of_its_own_is_refused() -> None:
+    model = text_model("Mamba", "eager", state_size=4, intermediate_size=64)
+    with pytest.raises(UserError, match=r"MambaForCausalLM keeps what it has read.*engine=vllm"):
+        agree(model, [text_prompt(12)])
+
+
+@pytest.mark.filterwarnings("ignore:raise_core.Scorer runs each completion by itself")
+def test_an_attention_without_tree_masks_runs_each_prompt_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FlashAttention: it takes a mask of padding, and no other. One pass a prompt, all grow together."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        monkeypatch.setitem(functions._global_mapping, "other", functions["sdpa"])
+    passes = list[int]()
+    lay_out = prefill.lay_out
+    monkeypatch.setattr(prefill, "lay_out", lambda parts: passes.append(len(parts)) or lay_out(parts))
+    for model in (text_model("Llama"), vision_model("Qwen2_5_VL")):
+        model.set_attn_implementation("other")
+        text = [text_prompt(12), text_prompt(9, seed=1)]
+        agree(model, [*text, media_prompt(model, videos=[(4, 4, 4)])] if hasattr(model, "visual") else text)
+    assert set(passes) == {1}

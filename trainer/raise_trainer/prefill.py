@@ -1,4 +1,4 @@
-"""Prompts run once, all in one pass, and what their completions need from it: keys, values, positions.
+"""Prompts run once, together where they can be, and what their completions need: keys, values, positions.
 
 Several prompts share a pass as a packed forest (`raise_core.scoring`) without padding. Their keys and values
 are then padded on the left to one length, so that completions of all prompts grow side by side.
@@ -6,8 +6,9 @@ Positions come from the model's own `get_rope_index` of the whole sequence: afte
 the spatial extent, so neither lengths nor maxima give them.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +19,8 @@ from raise_core.scoring.backbone import Backbone, VisionFeatures
 from raise_core.scoring.packing import Tree, lay_out
 from raise_core.scoring.prompts import Prompt, read_prompts
 
+from .errors import UserError
+
 MAX_TOKENS = 32768  # of prompts in one pass, unless a single one is longer
 
 
@@ -27,19 +30,31 @@ class Prefilled:
 
     last [B, D]: hidden state that predicts the first completion token.
     cache: keys and values, padded on the left; mask [B, L]: 1 where a prompt token is.
-    position_ids [R, B, room]: of what may follow each prompt; R is 3, or 1 for text models.
+    position_ids [R, B, room]: of what may follow each prompt; R is 3, or 1 for text models; None where the
+    model finds them itself.
     """
 
     last: Tensor
     cache: Any
     mask: Tensor
-    position_ids: Tensor
+    position_ids: Tensor | None
 
     def select(self, rows: Sequence[int]) -> "Prefilled":
         """These rows, each as often as it is named; the cache is taken over, so use the original no more."""
         index = torch.tensor(rows, dtype=torch.long, device=self.last.device)
         self.cache.batch_select_indices(index)
-        return Prefilled(self.last[index], self.cache, self.mask[index], self.position_ids[:, index])
+        where = None if self.position_ids is None else self.position_ids[:, index]
+        return replace(self, last=self.last[index], mask=self.mask[index], position_ids=where)
+
+
+def together(backbone: Backbone) -> bool:
+    """Whether several prompts can grow side by side: their positions can be told, and padding is masked."""
+    return backbone.why_plain is None or _other_attention(backbone)
+
+
+def _other_attention(backbone: Backbone) -> bool:
+    """Whether its attention is all that keeps a model from being packed: it knows no mask of trees."""
+    return backbone.attention not in ("sdpa", "eager") and str(backbone.why_plain).startswith("its attention")
 
 
 def prefill(
@@ -50,17 +65,22 @@ def prefill(
 ) -> Prefilled:
     """Run prompts (each as the processor returns it); `room` is the length of the longest completion to come.
 
-    features: of their media, where they are known (`Scorer.vision_features`).
-    Raises ValueError for a model whose groups cannot be packed, with the reason.
+    features: of their media, where they are known (`Scorer.vision_features`). Under FlashAttention each
+    prompt has a pass of its own. Raises ValueError for several prompts of a model that is not `together`.
     """
-    if backbone.why_plain is not None:
-        raise ValueError(f"model: {backbone.why_plain}; its prompts cannot be run together")
+    if not together(backbone):
+        if len(prompts) > 1:
+            raise ValueError(f"prompts: got {len(prompts)}, wanted one at a time: {backbone.why_plain}")
+        return _by_the_model(backbone, prompts[0])
     read = read_prompts(prompts, backbone.media)
     if features is None:
         features = backbone.vision_features(read) if backbone.family else [None] * len(read)
     positions = {i: backbone.positions(p, len(p) + room) for i, p in enumerate(read)}
     last, layers = list[Tensor](), list[list[tuple[Tensor, Tensor]]]()
-    passes = _passes([len(p) for p in read], backbone.window)
+    lengths = [len(p) for p in read]
+    passes = _passes(lengths, backbone.window)
+    if backbone.why_plain is not None:
+        passes = [[i] for i in range(len(read))]
     for some in passes:
         hidden, cache = _run(backbone, read, features, positions, some)
         ends = list(accumulate(len(read[i]) for i in some))
@@ -76,6 +96,22 @@ def prefill(
         mask,
         torch.stack(after, 1).to(backbone.device),
     )
+
+
+def _by_the_model(backbone: Backbone, inputs: Mapping[str, Any]) -> Prefilled:
+    """One prompt by the model's own forward pass, whatever its layers keep."""
+    (prompt,) = read_prompts([inputs], backbone.media)
+    given = {k: v.to(backbone.device) if isinstance(v, Tensor) else v for k, v in prompt.inputs.items()}
+    ids = prompt.ids[None].to(backbone.device)
+    takes = inspect.signature(backbone.core.forward).parameters
+    given = {k: v for k, v in given.items() if k in takes}
+    out = backbone.core(input_ids=ids, use_cache=True, **given)
+    if getattr(out, "past_key_values", None) is None:
+        raise UserError(
+            f"model: {type(backbone.model).__name__} keeps what it has read in a way of its own, and cannot "
+            "be sampled by the built-in engine; use engine=vllm"
+        )
+    return Prefilled(out.last_hidden_state[:, -1], out.past_key_values, torch.ones_like(ids), None)
 
 
 def _passes(lengths: Sequence[int], window: int | None) -> list[list[int]]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 import raise_core as rc
 from raise_core.scoring.backbone import Backbone, VisionFeatures
 
-from .prefill import prefill
+from .prefill import Prefilled, prefill, together
 from .prompts import Prompt
 
 SHRINK = 0.75  # of the rows still growing: then those that have ended leave the batch
@@ -73,9 +74,37 @@ def sample(
     """
     if not prompts:
         return Rollout([], [], [], [], [])
-    backbone, b = Backbone(model), len(prompts) * group_size
+    backbone = Backbone(model)
+    grow = partial(
+        _grow, backbone, group_size=group_size, most=max_new_tokens, temperature=temperature, eos=eos,
+        suppress=suppress,
+    )  # fmt: skip
+    if together(backbone):
+        parts = [grow(prompts, draws, features)]
+    else:
+        by_prompt = [None] * len(prompts) if draws is None else draws.split(group_size)
+        parts = [grow([p], d, None) for p, d in zip(prompts, by_prompt, strict=True)]
+    grown = [[x for part in parts for x in part[which]] for which in range(3)]
+    owner = [i // group_size for i in range(len(prompts) * group_size)]
+    return Rollout(list(prompts), *grown, owner, features)
+
+
+def _grow(
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    draws: Tensor | None,
+    features: Sequence[VisionFeatures | None] | None,
+    *,
+    group_size: int,
+    most: int,
+    temperature: float,
+    eos: Sequence[int],
+    suppress: Sequence[int],
+) -> tuple[list[list[int]], list[Tensor], list[Tensor]]:
+    """Completions of prompts side by side, and of their tokens log-probability and entropy [nats]."""
+    b = len(prompts) * group_size
     owner = [i // group_size for i in range(b)]
-    start = prefill(backbone, [p.inputs for p in prompts], max_new_tokens, features).select(owner)
+    start = prefill(backbone, [p.inputs for p in prompts], most, features).select(owner)
     never = torch.tensor(list(suppress), dtype=torch.long, device=start.last.device)
     head, hidden, mask = backbone.head(), start.last, start.mask
     rule = {"logit_scale": head.logit_scale, "softcap": head.softcap}
@@ -83,7 +112,7 @@ def sample(
     completions: list[list[int]] = [[] for _ in range(b)]
     logp: list[list[float]] = [[] for _ in range(b)]
     entropy: list[list[float]] = [[] for _ in range(b)]
-    for step in range(max_new_tokens):
+    for step in range(most):
         logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()  # [rows, V]
         token = _pick(head.z(logits), temperature, never, None if draws is None else draws[growing, step])
         stats = rc.token_stats(logits, token, want=("logp", "entropy"), **rule)
@@ -96,23 +125,30 @@ def sample(
                 for kept, value in zip((completions, logp, entropy), values, strict=True):
                     kept[c].append(value)
         open_rows = [row for row, c in enumerate(growing) if completions[c][-1] not in eos]
-        if not open_rows or step == max_new_tokens - 1:
+        if not open_rows or step == most - 1:
             break
         if len(open_rows) <= SHRINK * len(growing):
             rows = torch.tensor(open_rows, device=token.device)
             start, mask, token = start.select(open_rows), mask[rows], token[rows]
             growing = [growing[row] for row in open_rows]
         mask = torch.cat([mask, mask.new_ones(len(growing), 1)], 1)
+        hidden = _next(backbone, start, token, mask, step)
+    logp_of, entropy_of = ([torch.tensor(row) for row in rows] for rows in (logp, entropy))
+    return completions, logp_of, entropy_of
+
+
+def _next(backbone: Backbone, start: Prefilled, token: Tensor, mask: Tensor, step: int) -> Tensor:
+    """Hidden states [rows, D] after one more token [rows]."""
+    shared = {"attention_mask": mask, "past_key_values": start.cache, "use_cache": True}
+    if start.position_ids is None:
+        out = backbone.core(input_ids=token[:, None], **shared)
+    else:
         where = start.position_ids[:, :, step : step + 1]
-        hidden = backbone.decoder(
-            inputs_embeds=model.get_input_embeddings()(token)[:, None],
-            attention_mask=mask,
-            position_ids=where if backbone.family else where[0],
-            past_key_values=start.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-    as_tensors = [[torch.tensor(row) for row in rows] for rows in (logp, entropy)]
-    return Rollout(list(prompts), completions, *as_tensors, owner, features)
+        embedded = backbone.model.get_input_embeddings()(token)[:, None]
+        positions = where if backbone.family else where[0]
+        out = backbone.decoder(inputs_embeds=embedded, position_ids=positions, **shared)
+    hidden: Tensor = out.last_hidden_state[:, -1]
+    return hidden
 
 
 def _pick(logits: Tensor, temperature: float, never: Tensor, draws: Tensor | None) -> Tensor:
