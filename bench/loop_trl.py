@@ -21,7 +21,8 @@ from torch import Tensor
 import raise_core as rc
 from bench.loop_sides import KL, LEARNING_RATE, SEED, Ours, Shape, Step, load_model, method_of, prompt, reward
 from bench.peers import load
-from raise_trainer.update import MAX_GRAD_NORM, Group, policy_step
+from raise_trainer.passes import Group
+from raise_trainer.update import MAX_GRAD_NORM, policy_step
 
 BUDGETS = {"logp_ref": 1e-4, "gradient": 1e-4, "advantage": 1e-2}  # TRL adds 1e-4 to a group's std of rewards
 GENERATE, PREPARE = "transformers.generate", "_prepare_inputs"  # what TRL's own timers call its phases

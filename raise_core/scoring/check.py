@@ -111,7 +111,8 @@ def head_fault(backbone: Backbone, tokens: int = 8, columns: int = 512) -> str |
     ids = ids[backbone.media.kinds(ids) == 0][:tokens][None].to(backbone.device)
     with evaluation(backbone.model):
         with dtypes_of([backbone.model.get_output_embeddings()]) as seen:
-            own = backbone.model(input_ids=ids, use_cache=False).logits[0]
+            # `forward`, not a call: a pass of FSDP2's outermost module inside its own would free its weights.
+            own = backbone.model.forward(input_ids=ids, use_cache=False).logits[0]
         hidden = backbone.core(input_ids=ids, use_cache=False).last_hidden_state[0]
         head = backbone.head()  # as it is after those passes, which free a sharded head's weights
         if own.shape[1] != vocabulary:

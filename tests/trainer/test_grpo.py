@@ -22,10 +22,10 @@ from raise_trainer.data import Row
 from raise_trainer.engines import Generate
 from raise_trainer.grpo import Grpo, Outcome, _groups
 from raise_trainer.method import Method
+from raise_trainer.passes import Group, micro_batches
 from raise_trainer.prompts import Prompt, PromptBuilder
 from raise_trainer.rollout import Rollout, draws
 from raise_trainer.scoring import Scored, score
-from raise_trainer.update import Group, micro_batches
 from tests.budget import assert_as_exact_as_fp32, assert_equal_but_for_roundings, assert_exact
 
 TASKS = ("colour", "count", "describe", "when", "shape")

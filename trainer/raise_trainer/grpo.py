@@ -24,12 +24,14 @@ from .checkpoints import StepGuard
 from .engines.base import Engine, Generate, Sampling, rescored
 from .method import Method
 from .models import vision_tower
+from .passes import Group
 from .prompts import Prompt
 from .rollout import Rollout
 from .rounds import Round, joined
 from .scoring import Scored, score
+from .sharded import gathered
 from .temporal import Shuffled, with_bonus
-from .update import Group, policy_step
+from .update import policy_step
 
 More = Callable[[int], tuple[Sequence[Prompt], Tensor]]
 
@@ -150,7 +152,7 @@ class Grpo:
     def _round(self, prompts: Sequence[Prompt], draws: Tensor) -> Round:
         """Completions of these prompts and their rewards; on shuffled frames too where a bonus wants that."""
         method, other = self.method, None
-        with self.phases("rollout"):
+        with self.phases("rollout"), gathered(self.model):
             rollout = self._sample(prompts, draws, method.group_size)
             if weight := method.bonus.get("t-grpo"):
                 shuffled = Shuffled.of(prompts, draws, method.group_size, self.model)
@@ -158,8 +160,8 @@ class Grpo:
             if rollout.sampled_logp is not None:
                 rollout, gap = rescored(rollout, self.policy, method.temperature)
                 self._gap += gap
-        self._check_sampler(rollout)
-        with self.phases("score"), self.reference.active():
+            self._check_sampler(rollout)
+        with self.phases("score"), self.reference.active(), gathered(self.confidant.model):
             scored = score(rollout, self.confidant, self.tokenizer, method, eos=self.eos) if prompts else None
         if weight and scored is not None and other is not None:
             scored = with_bonus(scored, rollout, shuffled.index, other, self.tokenizer, weight)

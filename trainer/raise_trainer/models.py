@@ -9,8 +9,11 @@ from torch import nn
 import raise_core as rc
 
 from .errors import UserError
+from .liger import check_liger, use_liger
 from .prompts import load_processor
 from .train_config import TrainConfig
+
+ATTENTION = {"flash": "flash_attention_2"}  # names of transformers
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,22 @@ def load_policy(config: TrainConfig, device: torch.device) -> Policy:
     """Load, place and prepare the model for training. UserError where it cannot be had."""
     import transformers
 
+    if config.liger:
+        check_liger()
     processor, _ = load_processor(config.model)
     sees = getattr(processor, "tokenizer", None) is not None
     kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     try:
         model = kind.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+            config.model,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=ATTENTION.get(config.attention, config.attention),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model {config.model!r}: cannot be loaded ({reason})") from None
+    if config.liger:
+        use_liger(model)
     model = _trainable(_aligned(model.to(device)), config)
     tokenizer = getattr(processor, "tokenizer", processor)
     return Policy(model, processor, tokenizer, _eos(model, tokenizer), _placeholders(model))

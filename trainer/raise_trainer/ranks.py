@@ -38,14 +38,18 @@ def mean(figures: Mapping[str, float], weight: float) -> dict[str, float]:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all processes in place; a missing one counts as 0, also for one process."""
+    """Add up the gradients of all processes in place; a missing one counts as 0, also for one process.
+
+    Those of shards (DTensors) are sums already.
+    """
     bucket, filled = list[torch.Tensor](), 0
     for p in parameters:
         if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if size() == 1:
+            # of weights whose gradient may be of any dtype it is fp32 (`adamw.MasterAdamW`)
+            p.grad = torch.zeros_like(p, dtype=torch.float32 if p.grad_dtype is None else p.grad_dtype)
+        if size() == 1 or hasattr(p, "to_local"):
             continue
-        if bucket and (filled + p.numel() > BUCKET or p.dtype != bucket[0].dtype):
+        if bucket and (filled + p.numel() > BUCKET or p.grad.dtype != bucket[0].dtype):
             _sum(bucket)
             bucket, filled = [], 0
         bucket.append(p.grad)

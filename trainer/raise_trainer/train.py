@@ -30,6 +30,7 @@ from .method import Method
 from .models import Policy, load_policy, reference_of
 from .prompts import Prompt, target_ids
 from .rollout import draws
+from .sharded import check_launch, gathered, shard
 from .trackers import Tracker, check_tracker
 from .train_config import FREE, TrainConfig, as_yaml
 from .update import sft_step
@@ -70,7 +71,8 @@ class Run:
         """Answer the evaluation rows and log the figures; nothing without evaluation data."""
         if self.held_out is None:
             return
-        with self.log.stage("evaluate", len(self.held_out.source)) as stage:
+        whole = gathered(self.policy.model)
+        with self.log.stage("evaluate", len(self.held_out.source)) as stage, whole:
             figures = self.held_out.figures(stage.advance)
         self.log.write("evaluate", self.state.step - 1, **figures)
         self.evaluated = (self.state.step, figures["text_score_mean"])
@@ -104,12 +106,14 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
     from accelerate import PartialState
 
     check_tracker(config.tracker)
+    check_launch()
     processes = PartialState()
     device = processes.device
     log = Logbook(share(lambda: _folder(config)), silent=ranks.rank() > 0)
     torch.manual_seed(config.seed)
     with ExitStack() as stack:
         policy = load_policy(config, device)
+        shard(policy.model)
         reference = reference_of(policy.model, config) if with_reference else None
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = adamw(trained, config.lr)

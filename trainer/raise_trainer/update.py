@@ -1,62 +1,21 @@
 """The two gradient steps, supervised and GRPO; the only file with `backward()`."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import raise_core as rc
-from raise_core.scoring.backbone import VisionFeatures
 
 from . import ranks
 from .checkpoints import StepGuard
+from .checkpoints.ranks import whole
 from .errors import UserError
 from .method import Method
+from .passes import Group, passes
 
 MAX_GRAD_NORM = 1.0
-
-
-@dataclass
-class Group:
-    """A prompt and those of its completions that are learned from.
-
-    advantage [g]; logp_ref [t] of their tokens in order. logp_old [t]: log-probabilities of the policy that
-    sampled, at the sampling temperature; None until the first update, in which the policy is that one; of
-    another engine from the start.
-    features: of the prompt's media where the vision tower is not trained; None runs it.
-    """
-
-    inputs: dict[str, Any]
-    completions: list[list[int]]
-    advantage: Tensor
-    logp_ref: Tensor | None
-    logp_old: Tensor | None = None
-    features: VisionFeatures | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Completion tokens."""
-        return sum(map(len, self.completions))
-
-    @property
-    def cost(self) -> int:
-        """Tokens of its packed pass."""
-        return int(self.inputs["input_ids"].shape[-1]) + self.tokens
-
-
-def micro_batches(groups: Sequence[Group], most: int) -> Iterator[list[Group]]:
-    """Whole groups in order, of at most `most` tokens together; a larger group is by itself."""
-    kept, room = list[Group](), most
-    for group in groups:
-        if kept and group.cost > room:
-            yield kept
-            kept, room = [], most
-        kept.append(group)
-        room -= group.cost
-    if kept:
-        yield kept
 
 
 def sft_step(
@@ -75,8 +34,8 @@ def sft_step(
     (tokens,) = ranks.totals(sum(g.tokens for g in groups))
     optimizer.zero_grad(set_to_none=True)
     loss = entropy = 0.0
-    for some in micro_batches(groups, micro_tokens):
-        found = scorer.token_stats(
+    for run, some in passes(scorer, groups, micro_tokens):
+        found = run.token_stats(
             [g.inputs for g in some], [g.completions for g in some], want=("logp", "entropy")
         )
         logp, h = (torch.cat([getattr(s, name) for (s,) in found]) for name in ("logp", "entropy"))
@@ -114,11 +73,9 @@ def policy_step(
     )
     optimizer.zero_grad(set_to_none=True)
     parts = list[dict[str, float]]()
-    for some in micro_batches(run, method.micro_tokens):
+    for one, some in passes(scorer, run, method.micro_tokens):
         frozen = [g.features for g in some] if any(g.features is not None for g in some) else None
-        rows = scorer.completion_rows(
-            [g.inputs for g in some], [g.completions for g in some], features=frozen
-        )
+        rows = one.completion_rows([g.inputs for g in some], [g.completions for g in some], features=frozen)
         device, head = rows.hidden.device, scorer.head().options()
         olds = [g.logp_old for g in some if g.logp_old is not None]
         refs = [g.logp_ref for g in some if g.logp_ref is not None]
@@ -171,7 +128,7 @@ def finish(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     ranks.sum_gradients(trained)
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM))
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)))
     if guard is not None:
         if not guard.good(step, batch=batch, loss=loss, grad_norm=norm):
             return {"grad_norm": norm, "skipped": 1.0}
