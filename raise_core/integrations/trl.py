@@ -30,6 +30,7 @@ from raise_core.integrations.trl_trainer import FILE, ConfidenceMixin, follow
 from raise_core.reference_store import evaluating
 from raise_core.scoring.scorer import Scorer
 from raise_core.spans import Found, find_answer_spans
+from raise_core.verify import canonical_kind
 
 REFERENCES = ("ema", "frozen", "policy")
 __all__ = ["FILE", "REFERENCES", "ConfidenceMixin", "ConfidenceReward"]
@@ -90,7 +91,8 @@ class ConfidenceReward:
         self.options = options
         self._wanted = reference
         self._kind, self._kind_column, self._solution_column = kind, kind_column, solution_column
-        self._share, self._strict_kinds = confidence_share, tuple(strict_kinds)
+        self._share = confidence_share
+        self._strict_kinds = tuple(canonical_kind(name) for name in strict_kinds)
         self._template: dict[str, Any] = dict(template_options or {})
         self._encode = encode
         self._max_tokens = max_tokens
