@@ -90,6 +90,7 @@ def linear_policy_loss(
     max_ratio: float = 5.0,
     tau_pos: float = 1.0,
     tau_neg: float = 1.05,
+    token_advantage: Tensor | None = None,
     accumulate_fp32: bool = False,
     memory: int | None = None,
     impl: str = "auto",
@@ -124,12 +125,14 @@ def linear_policy_loss(
     check_memory(memory)
     chosen = chosen_impl(hidden, impl)
     like = hidden.new_empty(targets.numel(), dtype=torch.float64 if hidden.dtype == torch.float64 else None)
-    check_policy(like, like if logp_old is None else logp_old, advantage, offsets, logp_ref)
+    check_policy(like, like if logp_old is None else logp_old, advantage, offsets, logp_ref, token_advantage)
     objective = Objective(
         kind=kind, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip, max_ratio=max_ratio,
         tau_pos=tau_pos, tau_neg=tau_neg, kl=kl, kl_estimator=kl_estimator, max_length=max_length,
     )  # fmt: skip
-    step = policy_step(objective, like, advantage, offsets, num_tokens, num_sequences, logp_ref)
+    step = policy_step(
+        objective, like, advantage, offsets, num_tokens, num_sequences, logp_ref, token_advantage
+    )
     tiles = _Tiles(step, logp_old, logp_ref)
     inputs = (hidden, weight, bias)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]

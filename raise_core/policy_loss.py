@@ -60,6 +60,7 @@ def policy_loss(
     max_ratio: float = 5.0,
     tau_pos: float = 1.0,
     tau_neg: float = 1.05,
+    token_advantage: Tensor | None = None,  # [T]
 ) -> PolicyLoss:
     """Policy loss of S completions packed into T tokens; differentiable in `logp` only, and once.
 
@@ -78,17 +79,20 @@ def policy_loss(
     dual_clip: bound c > 1 of the ratio where the advantage is negative; refused with "cispo" and "sapo".
     max_ratio: bound of a token's weight, "cispo" alone (ScaleRL's form and its 5.0).
     tau_pos, tau_neg: steepness of the gate where A > 0 and elsewhere, "sapo" alone (the paper's values).
+    token_advantage: added to the advantage of each token's completion, such as `step_advantages` gives.
     Log ratios under an exp (the ratio, and k3) are clamped at ±20 nats, where the gradient is then 0 (with
     "cispo" it has the weight of the clamped ratio): exp stays finite and 0 * inf cannot arise. The loss of
     "cispo" is proportional to logp, and infinite where that is. fp32 arithmetic (fp64 if `logp` is). Raises
     ValueError / TypeError naming the argument.
     """
-    check_policy(logp, logp if logp_old is None else logp_old, advantage, offsets, logp_ref)
+    check_policy(logp, logp if logp_old is None else logp_old, advantage, offsets, logp_ref, token_advantage)
     objective = Objective(
         kind=kind, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip, max_ratio=max_ratio,
         tau_pos=tau_pos, tau_neg=tau_neg, kl=kl, kl_estimator=kl_estimator, max_length=max_length,
     )  # fmt: skip
-    step = policy_step(objective, logp, advantage, offsets, num_tokens, num_sequences, logp_ref)
+    step = policy_step(
+        objective, logp, advantage, offsets, num_tokens, num_sequences, logp_ref, token_advantage
+    )
     new = logp.to(step.advantage.dtype)
     old = new if logp_old is None else logp_old
     log_ratio = new - old.detach().to(new.dtype)
@@ -149,6 +153,7 @@ def policy_step(
     num_tokens: float | Tensor,
     num_sequences: float | Tensor,
     logp_ref: Tensor | None,
+    token_advantage: Tensor | None = None,
 ) -> PolicyStep:
     """Spread what belongs to completions over their tokens.
 
@@ -162,9 +167,12 @@ def policy_step(
     owner = _owner(offsets, len(like))
     inside = (owner >= 0) & (owner < len(advantage))
     owner = torch.where(inside, owner, 0)
+    each = advantage.detach().to(dtype)[owner].masked_fill(~inside, math.nan)
+    if token_advantage is not None:
+        each = each + token_advantage.detach().to(dtype)
     return PolicyStep(
         objective=objective,
-        advantage=advantage.detach().to(dtype)[owner].masked_fill(~inside, math.nan),
+        advantage=each,
         owner=owner,
         length=(offsets[1:] - offsets[:-1]).to(dtype)[owner],
         bounds=offsets.clamp(0, len(like)).cummax(0).values,
@@ -209,11 +217,17 @@ def _count(name: str, value: float | Tensor, device: torch.device, dtype: torch.
 
 
 def check_policy(
-    logp: Tensor, logp_old: Tensor, advantage: Tensor, offsets: Tensor, logp_ref: Tensor | None
+    logp: Tensor,
+    logp_old: Tensor,
+    advantage: Tensor,
+    offsets: Tensor,
+    logp_ref: Tensor | None,
+    token_advantage: Tensor | None = None,
 ) -> None:
     """Refuse shapes, dtypes and devices that a policy loss cannot mean anything by."""
     given = {"logp": logp, "logp_old": logp_old, "advantage": advantage, "offsets": offsets}
-    for name, x in (given if logp_ref is None else given | {"logp_ref": logp_ref}).items():
+    per_token = {"logp_ref": logp_ref, "token_advantage": token_advantage}
+    for name, x in (given | {n: x for n, x in per_token.items() if x is not None}).items():
         check_tensor(name, x)
         if x.device != logp.device:
             raise ValueError(f"{name}: got a tensor on {x.device}, wanted {logp.device}, where logp is")
@@ -222,7 +236,7 @@ def check_policy(
             f"logp: got {logp.dtype} of shape {list(logp.shape)}, wanted floating [T]; padded ones go "
             "through pack(x, mask)"
         )
-    for name, other in (("logp_old", logp_old), ("logp_ref", logp_ref)):
+    for name, other in {"logp_old": logp_old, **per_token}.items():
         if other is not None and other.shape != logp.shape:
             raise ValueError(
                 f"{name}: got shape {list(other.shape)}, wanted that of logp, {list(logp.shape)}"

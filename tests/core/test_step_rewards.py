@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -78,3 +80,30 @@ def test_wrong_steps_are_named() -> None:
         rc.step_advantages(torch.zeros(4), spans(), 11)
     with pytest.raises(ValueError, match="finite"):
         rc.step_advantages(torch.tensor([0.0, float("nan"), 0.0, 0.0]), spans(), 14)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "gspo", "cispo", "sapo"])
+def test_step_advantages_in_a_policy_loss(kind: Any) -> None:
+    """On-policy the gradient of every kind is -A_t up to its normaliser: outcome and step advantages add."""
+    offsets, outcome = torch.tensor([0, 4, 7, 12, 14]), torch.tensor([1.0, -1.0, 0.5, 0.0])
+    step = rc.step_advantages(torch.tensor([0.75, 0.25, 1.0, 0.0]), spans(), 14, scale="none")
+    each = outcome.repeat_interleave(offsets.diff()) + 0.5 * step
+    logp = (-torch.rand(14)).requires_grad_()
+    options = {"kind": kind, "num_tokens": 14, "num_sequences": 4, "token_advantage": 0.5 * step}
+    (slope,) = torch.autograd.grad(rc.policy_loss(logp, None, outcome, offsets, **options).loss, logp)
+    size = 14.0 if kind in ("dapo", "cispo") else 4 * offsets.diff().repeat_interleave(offsets.diff())
+    want = (-each / size).double()
+    assert_within_error_budget(slope, want, close_to(want), name=kind)
+    hidden, weight = torch.randn(14, 6), torch.randn(9, 6, requires_grad=True)
+    targets = torch.arange(14) % 9
+    made = rc.linear_policy_loss(hidden, weight, targets, None, outcome, offsets, **options)
+    own = rc.linear_token_stats(hidden, weight, targets).logp
+    apart = rc.policy_loss(own, None, outcome, offsets, **options)
+    pair = [torch.autograd.grad(loss, weight)[0] for loss in (made.loss, apart.loss)]
+    assert_within_error_budget(pair[0], pair[1].double(), close_to(pair[1].double(), 8), name="linear")
+
+
+def test_a_token_advantage_of_another_length_is_named() -> None:
+    given = (torch.zeros(3), None, torch.zeros(1), torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="token_advantage: got shape"):
+        rc.policy_loss(*given, num_tokens=3, num_sequences=1, token_advantage=torch.zeros(2))
