@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer with confidence rewards under an EMA of the policy.
 
-python examples/adapters/trl_grpo.py                          # a tiny random model, which answers nothing: it runs on a CPU
+python examples/adapters/trl_grpo.py    # a tiny random model: it runs, and answers nothing
 python examples/adapters/trl_grpo.py Qwen/Qwen2.5-0.5B-Instruct
 """
 

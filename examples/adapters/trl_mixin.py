@@ -1,6 +1,6 @@
 """TRL with the log-probabilities it has: beta > 0 runs its reference anyway, so the rewards cost no pass.
 
-python examples/adapters/trl_mixin.py                         # a tiny random model, which answers nothing: it runs on a CPU
+python examples/adapters/trl_mixin.py    # a tiny random model: it runs, and answers nothing
 python examples/adapters/trl_mixin.py Qwen/Qwen2.5-0.5B-Instruct
 """
 
