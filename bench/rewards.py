@@ -2,6 +2,7 @@
 
     python -m bench rewards             every case; records go to bench/results/rewards.jsonl
     python -m bench rewards --check     also exit 1 when ours is wrong, or not 5 times faster
+    python -m bench rewards --page      no run: the last recorded one into docs/bench.md
     python -m bench rewards --quick     tiny sizes, one call each, nothing recorded: does everything run?
 
 On the CPU, at the shapes of `python -m bench scoring`. Implementations take turns.
@@ -25,7 +26,7 @@ from bench.limits import Limit, Record, judge
 from bench.measure import Cpu
 from bench.peers import installed
 from bench.record import RESULTS, provenance
-from bench.report import heading, records_table, verdicts_table
+from bench.report import DOCS, heading, records_table, verdicts_table
 from bench.rewards_cases import CASE, NAIVE, cases
 from bench.run_case import run_case
 from bench.scoring import FULL
@@ -85,8 +86,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 when a figure falls short")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one call each, nothing recorded")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="records go here (JSON lines)")
+    parser.add_argument("--page", action="store_true", help="write the last recorded run into docs/bench.md")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     options = parser.parse_args(arguments)
+    if options.page:
+        lines = (options.out or RESULTS / "rewards.jsonl").read_text(encoding="utf-8").splitlines()
+        page = DOCS / "bench.md"
+        page.write_text(
+            written(page.read_text(encoding="utf-8"), [json.loads(x) for x in lines]), encoding="utf-8"
+        )
+        return 0
     torch.set_num_threads(options.threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

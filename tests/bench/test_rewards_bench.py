@@ -69,5 +69,6 @@ def test_the_page_shows_the_last_run() -> None:
     )
     assert text.startswith("a <!-- rewards -->") and text.endswith("<!-- /rewards --> b")
     assert "0.12" in text and "77" not in text
+    assert rewards.written(text, [record(NAIVE), record(OURS, median_s=1.0)]) == text
     with pytest.raises(ValueError, match="has no <!-- rewards -->"):
         rewards.written("nothing", [record(NAIVE)])
