@@ -1,0 +1,170 @@
+"""Benchmarks by name: their files in a local folder to questions, in order; nothing is left out."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import BadRow, UserError
+from . import mmvu, mvbench, temp_compass, video_mme, video_mmmu, video_r1, vsi_bench
+from .questions import Draft, Question, Refused, question
+from .records import find, fingerprint, read
+
+Source = Literal["auto", "published", "video_r1"]
+Item = Question | Refused
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How one is read. files: for each label (a task, or "") the names its annotation file may have.
+
+    group: the line of the macro mean that a task belongs to.
+    """
+
+    title: str
+    files: Mapping[str, tuple[str, ...]]
+    draft: Callable[[Mapping[str, Any], str, int, Path], Draft]
+    group: Callable[[str], str] = str
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "vsibench": Benchmark("VSI-Bench", vsi_bench.FILES, vsi_bench.draft, vsi_bench.group),
+    "videommmu": Benchmark("VideoMMMU", video_mmmu.FILES, video_mmmu.draft),
+    "mmvu": Benchmark("MMVU (validation)", mmvu.FILES, mmvu.draft),
+    "mvbench": Benchmark("MVBench", mvbench.FILES, mvbench.draft),
+    "tempcompass": Benchmark("TempCompass (without captioning)", temp_compass.FILES, temp_compass.draft),
+    "videomme": Benchmark("Video-MME (without subtitles)", video_mme.FILES, video_mme.draft),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A benchmark's items in the order of its files. source: which form they came in.
+
+    fingerprint: of the files' bytes. missing: labels without a file.
+    """
+
+    name: str
+    source: str
+    files: tuple[Path, ...]
+    fingerprint: str
+    items: tuple[Item, ...]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """How it is read and grouped."""
+        return BENCHMARKS[self.name]
+
+
+def load(name: str, folder: Path, *, source: Source = "auto", limit: int | None = None) -> Loaded:
+    """The questions of a benchmark. Rows that cannot be used are among them, as Refused.
+
+    folder: holds a folder called `name`, or is it. source: "published", "video_r1" (eval_NAME.json), or what
+    is there. limit: the first so many rows. UserError for an unknown name, a missing file, and when both
+    forms are there and none is chosen.
+    """
+    if name not in BENCHMARKS:
+        raise UserError(f"bench {name!r}: expected one of {', '.join(BENCHMARKS)}")
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: is no folder; name the one the benchmarks lie in")
+    root = folder / name if (folder / name).is_dir() else folder
+    bench = BENCHMARKS[name]
+    published = _published(root, bench) if source != "video_r1" else {}
+    r1 = find(root, f"eval_{name}") if source != "published" else []
+    if not r1 and root != folder and source != "published":
+        r1 = find(folder, f"eval_{name}")
+    if published and r1:
+        raise UserError(f"{name}: {root} holds its published files and {r1[0].name}; say which with --source")
+    if not published and not r1:
+        wanted = ", ".join(f"{n[0]}.json[l] or .parquet" for n in list(bench.files.values())[:3])
+        raise UserError(
+            f"{name}: no annotation file in {root}; expected {wanted}, or Video-R1's eval_{name}.json"
+        )
+    if r1:
+        drafts = ((number, raw, "") for number, raw in enumerate(_records(r1)))
+        files = r1
+    else:
+        files = [file for some in published.values() for file in some]
+        drafts = (
+            (number, raw, label)
+            for label, some in published.items()
+            for number, raw in enumerate(_records(some))
+        )
+    items = _items(name, drafts, root, bool(r1), limit)
+    missing = () if r1 else tuple(label for label in bench.files if label not in published)
+    form = "video_r1" if r1 else "published"
+    return Loaded(name, form, tuple(files), fingerprint(files), tuple(items), missing)
+
+
+def _published(root: Path, bench: Benchmark) -> dict[str, list[Path]]:
+    found = {}
+    for label, stems in bench.files.items():
+        if files := next((some for stem in stems if (some := find(root, stem))), []):
+            found[label] = files
+    return found
+
+
+def _records(files: Sequence[Path]) -> Iterator[Mapping[str, Any] | BadRow]:
+    for file in files:
+        yield from read(file)
+
+
+def _items(
+    name: str,
+    drafts: Iterator[tuple[int, Mapping[str, Any] | BadRow, str]],
+    root: Path,
+    is_r1: bool,
+    limit: int | None,
+) -> list[Item]:
+    items, seen = list[Item](), dict[str, int]()
+    bench = BENCHMARKS[name]
+    for place, (number, raw, label) in enumerate(drafts):
+        if limit is not None and place >= limit:
+            break
+        item = _item(name, bench, raw, label, number, place, root, is_r1)
+        seen[item.id] = seen.get(item.id, 0) + 1
+        if seen[item.id] > 1:  # its answers would be taken for those of the first
+            new_id = f"{item.id}#{seen[item.id]}"
+            if isinstance(item, Question):
+                item = replace(item, problem_id=new_id)
+            else:
+                item = replace(item, id=new_id)
+        items.append(item)
+    return items
+
+
+def _item(
+    name: str,
+    bench: Benchmark,
+    raw: Mapping[str, Any] | BadRow,
+    label: str,
+    number: int,
+    place: int,
+    root: Path,
+    is_r1: bool,
+) -> Item:
+    try:
+        if isinstance(raw, BadRow):
+            raise raw
+        made = video_r1.draft(raw, name, number) if is_r1 else bench.draft(raw, label, number, root)
+    except BadRow as error:
+        return _refused(name, label, number, place, raw, error)
+    try:
+        return question(made, root, place, name)
+    except BadRow as error:
+        row_id, video = str(made.row["problem_id"]), str(made.row.get("path", ""))
+        return Refused(row_id, name, place, made.task, video or f"row {place}", str(error))
+
+
+def _refused(
+    name: str, label: str, number: int, place: int, raw: Mapping[str, Any] | BadRow, error: BadRow
+) -> Refused:
+    """A row of which little can be read: its id and task where it says them, else its place."""
+    said: Mapping[str, Any] = {} if isinstance(raw, BadRow) else raw
+    given = next(
+        (said[k] for k in ("problem_id", "id", "question_id") if isinstance(said.get(k), (str, int))), ""
+    )
+    row_id = "/".join(str(part) for part in (label, given or f"row {number}") if part)
+    task = next((said[k] for k in ("question_type", "duration") if isinstance(said.get(k), str)), label)
+    return Refused(row_id, name, place, task or "unreadable rows", f"row {place}", str(error))
