@@ -73,7 +73,8 @@ def written(text: str, records: Sequence[Record]) -> str:
     begun = max(r["begun"] for r in records)
     last = [r for r in records if r["begun"] == begun]
     head, _, rest = text.partition(START)
-    return f"{head}{START}\n{heading(last[0])}\n{body(last)}\n{STOP}{rest.partition(STOP)[2]}"
+    load = f"Load of the machine before it, from other work: {last[0]['load_before']:.1f}."
+    return f"{head}{START}\n{heading(last[0])} {load}\n{body(last)}\n{STOP}{rest.partition(STOP)[2]}"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -52,6 +52,7 @@ def record(name: str, **changes: Any) -> dict[str, Any]:
         "high_s": 8.0, "samples": 3, "extra_bytes": 1 << 20, "quick": False, "device_kind": "cpu", "note": "",
         "share_of_limit": None, "begun": "2026-01-01", "dirty": False, "compiled": True, "packages": {},
         "commit": "0" * 40, "device": "some CPU", "threads": 2, "memory_bytes": 1 << 30, "python": "3.11",
+        "load_before": 2.5,
     }  # fmt: skip
     return made | changes
 
@@ -68,7 +69,7 @@ def test_the_page_shows_the_last_run() -> None:
         "a <!-- rewards -->x<!-- /rewards --> b", [*old, record(NAIVE), record(OURS, median_s=1.0)]
     )
     assert text.startswith("a <!-- rewards -->") and text.endswith("<!-- /rewards --> b")
-    assert "0.12" in text and "77" not in text
+    assert "0.12" in text and "from other work: 2.5." in text and "77" not in text
     assert rewards.written(text, [record(NAIVE), record(OURS, median_s=1.0)]) == text
     with pytest.raises(ValueError, match="has no <!-- rewards -->"):
         rewards.written("nothing", [record(NAIVE)])
