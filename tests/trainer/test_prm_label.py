@@ -81,7 +81,7 @@ def by_judge(server: FakeChat, folder: Path, **other: Any) -> LabelConfig:
 
 
 def test_rows_by_a_judge_go_on_where_they_stopped(server: FakeChat, tmp_path: Path) -> None:
-    rows = [ROW | {"problem": f"{i}?"} for i in range(5)] + [ROW | {"steps": []}]
+    rows = [ROW | {"problem": f"{i}?", "row": "mine", "of": "x"} for i in range(5)] + [ROW | {"steps": []}]
     written(tmp_path / "rows.jsonl", rows)
     server.answers = [GOOD_REPLY, "no idea", GOOD_REPLY, (500, {}, b"")]
     with pytest.raises(UserError, match="status 500"):

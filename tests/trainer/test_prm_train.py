@@ -221,6 +221,26 @@ def test_a_model_without_the_tokens_is_refused_with_the_command(start: Path) -> 
         run_prm(config(start, data=data, eval_data=data, out=start / "no2"))
 
 
+def test_the_commands(start: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    data = written(start / "train.jsonl", [toy(i, random.Random(i)) for i in range(4)])
+    pairs = [f"model={start / 'via'}", f"data={data}", f"out={start / 'cli'}", "dtype=float32", "steps=1",
+             "prompts=2", "workers=0", "template=plain", "max_new_tokens=200"]  # fmt: skip
+    said = []
+    for arguments in (
+        ["tokens", str(start / "bare"), str(start / "via")],
+        ["train", *pairs],
+        ["train", "--print-config", *pairs],
+        ["--help"],
+    ):
+        monkeypatch.setattr("sys.argv", ["raise-core", "prm", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 0
+        said.append(capsys.readouterr().out)
+    assert "17 tokens added" in said[0] and "steps: 1\n" in said[2] and "label steps" in said[3]
+    assert json.loads((start / "cli" / "metrics.jsonl").read_text())["loss"] > 0
+
+
 def test_agreement_counts_what_is_not_neutral() -> None:
     seen = Agreement()
     seen.saw([0.9, 0.2, 0.7, 0.5, 0.1], [1.0, 1.0, 0.5, 0.0, 0.25])

@@ -55,7 +55,7 @@ def label_rows(config: LabelConfig, *, console: Console | None = None) -> Counte
                 console.print(f"left out: row {number}: {error}", markup=False, soft_wrap=True)
                 continue
             held, within = source.where(number)
-            line = {"row": number, "of": source.fingerprint, **held.raw(within), **found}
+            line = {**held.raw(within), **found, "row": number, "of": source.fingerprint}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             counts["labelled"] += 1
