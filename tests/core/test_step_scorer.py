@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -187,3 +189,19 @@ def test_wrong_references_are_named() -> None:
         rc.gold_logp_after_steps(scorer, prompts, completions, ["B", " "], tokenizer)
     with pytest.raises(ValueError, match="reduce: got 'max'"):
         rc.gold_logp_after_steps(scorer, prompts, completions, ["B", "A"], tokenizer, reduce="max")
+
+
+def test_the_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "steps.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    prm, tokenizer = world()
+    prompts, completions = case(tokenizer)
+    names: dict[str, Any] = {
+        "torch": torch, "prm": prm, "tokenizer": tokenizer, "prompt": prompts[0],
+        "completions": completions[0],
+    }  # fmt: skip
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2 and names["chain"].well_formed
+    inside = [span.stop - span.start for spans in names["found"] for span in spans]
+    assert int((names["by_token"] != 0).sum()) == sum(inside) and len(names["steps"]) == 4

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -92,6 +94,24 @@ def test_against_float64(impl: str, how: LogitMap, dtype: torch.dtype, biased: b
     assert got.dtype == torch.float32
     assert_within_error_budget(got, oracle, no_better_than(peer, oracle, 2 * HALF_ULP), name=impl)
     assert_exact(hidden, before, name="unwritten")
+
+
+@fast_impl
+@given(
+    seed=st.integers(0, 2**20),
+    sizes=st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(0, 9)),
+    softcap=st.sampled_from([None, 0.5, 30.0]),
+)
+def test_any_sizes(impl: str, seed: int, sizes: tuple[int, int, int], softcap: float | None) -> None:
+    torch.manual_seed(seed)
+    many, width, tags = sizes
+    hidden, weight = torch.randn(many, width), torch.randn(9, width)
+    rows, how = torch.randint(-1, many + 1, (tags,)), LogitMap(softcap=softcap)
+    oracle = reference_steps.step_margins(hidden.double(), weight.double(), rows, GOOD, BAD, how=how)
+    peer = reference_steps.step_margins(hidden, weight, rows, GOOD, BAD, how=how)
+    got = run(impl, hidden, weight, rows, GOOD, BAD, how=how)
+    owed = HALF_ULP * (width + (softcap or 1.0)) * float(hidden.abs().max() * weight.abs().max())
+    assert_within_error_budget(got, oracle, no_better_than(peer, oracle, owed), name=impl)
 
 
 @fast_impl
