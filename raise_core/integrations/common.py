@@ -118,6 +118,8 @@ def answer_logps(
         raise ValueError(
             f"logps: got {len(logps)} rows, wanted one for each of {len(completion_ids)} completions"
         )
+    if isinstance(logps, Tensor):
+        logps = logps.detach().cpu()  # once, not for each row
     picked = list[Tensor]()
     for b, (ids, span) in enumerate(zip(completion_ids, found, strict=True)):
         given = logps[b]

@@ -50,6 +50,9 @@ class ConfidenceReward:
         None there gives the reward None.
     confidence_share k: text score * (1 - k) + confidence reward * k.
     strict_kinds: kinds that SCRE rewards; IGSR does the others.
+    measure: another confidence in the answer, in place of both: a function of logp [T] and offsets [S+1] that
+        gives [S] in [0, 1], such as rc.min_prob, rc.mean_prob or rc.sequence_likelihood; the reward is text
+        score * measure.
     template_options: keyword arguments of the chat template, as the trainer's. encode: prompt -> what the
         scorer takes for it, in place of the processing class.
     max_tokens, options: those of `rc.Scorer` and of `rc.confidence_rewards` (eta, lam, tau, variant, …).
@@ -73,6 +76,7 @@ class ConfidenceReward:
         strict_kinds: Collection[str] = STRICT_KINDS,
         template_options: Mapping[str, Any] | None = None,
         encode: Callable[[Any], Mapping[str, Any]] | None = None,
+        measure: Callable[[Tensor, Tensor], Tensor] | None = None,
         max_tokens: int = 32768,
         process_group: Any = None,
         **options: Any,
@@ -94,7 +98,7 @@ class ConfidenceReward:
         self._share = confidence_share
         self._strict_kinds = tuple(canonical_kind(name) for name in strict_kinds)
         self._template: dict[str, Any] = dict(template_options or {})
-        self._encode = encode
+        self._encode, self._measure = encode, measure
         self._max_tokens = max_tokens
         self._process_group = process_group
         self._trainer: Any = None
@@ -195,6 +199,9 @@ class ConfidenceReward:
                 f"reference: got {self._wanted!r} and no ref_logps column, so there is no model to take "
                 "confidence from; pass a model, attach(trainer), or train with ConfidenceMixin and beta > 0"
             )
+        if self._measure is not None:
+            sure = _measured(self._measure, answers)
+            return rows.score * sure, sure
         if split:
             made = rewards_over_processes(
                 answers,
@@ -294,6 +301,17 @@ class _Rows:
     ) -> None:
         self.prompts, self.ids, self.found = prompts, ids, found
         self.score, self.strict, self.group = score, strict, group
+
+
+def _measured(measure: Callable[[Tensor, Tensor], Tensor], answers: Sequence[Tensor]) -> Tensor:
+    """measure of each answer, [S]; ValueError for what is no confidence."""
+    offsets = torch.tensor([0, *map(len, answers)]).cumsum(0)
+    sure = measure(torch.cat([*answers, torch.zeros(0)]), offsets).float()
+    if sure.shape != (len(answers),) or not bool(((sure >= 0) & (sure <= 1)).all()):
+        raise ValueError(
+            f"measure: got {sure.tolist()}, wanted a number from 0 to 1 for each of {len(answers)} answers"
+        )
+    return sure
 
 
 def _differ(one: Any, other: Any) -> bool:

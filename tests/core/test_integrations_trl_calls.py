@@ -73,6 +73,17 @@ def test_open_rows_are_ranked_inside_their_group() -> None:
         assert_exact(torch.tensor(got), batch.want.reward, name="reward")
 
 
+def test_another_measure_of_confidence() -> None:
+    """Half of the text score's weight, each answer by its least sure token; none without an answer."""
+    texts = ["<answer>B</answer>", "<answer>A</answer>", "no"]
+    ids = [encode(text) for text in texts]
+    logps = [[math.log(0.25)] * len(row) for row in ids]
+    got = call(lent(measure=rc.min_prob, confidence_share=0.5), texts, ref_logps=logps)
+    assert got == [0.625, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"measure: got \[-.*wanted a number from 0 to 1"):
+        call(lent(measure=rc.sum_logp), texts, ref_logps=logps)
+
+
 def test_one_kind_for_all_and_other_columns() -> None:
     reward = lent(kind="numerical", solution_column="answer")
     got = call(reward, ["<answer>7</answer>"], solution=None, problem_type=None, answer=["7.0"])
