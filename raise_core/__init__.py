@@ -14,6 +14,7 @@ from raise_core.verify import Verdict, verify, verify_details
 
 if TYPE_CHECKING:
     from raise_core.chain import Chain, Step, format_chain, parse_chain
+    from raise_core.dpo import DpoLoss, dpo_loss
     from raise_core.ema import EmaReference, FrozenReference, PolicyReference, Reference
     from raise_core.family.answer import mean_logp, mean_prob, min_prob, rlpr, sequence_likelihood, sum_logp
     from raise_core.family.deepconf import EarlyStop, deepconf, weighted_vote
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Chain",
     "CompletionRows",
+    "DpoLoss",
     "EarlyStop",
     "EmaReference",
     "Found",
@@ -67,6 +69,7 @@ __all__ = [
     "chosen_impl",
     "confidence_rewards",
     "deepconf",
+    "dpo_loss",
     "em_rl_sequence",
     "em_rl_token",
     "find_answer_spans",
@@ -116,6 +119,8 @@ _HOME = {
     "Step": "raise_core.chain",
     "format_chain": "raise_core.chain",
     "parse_chain": "raise_core.chain",
+    "DpoLoss": "raise_core.dpo",
+    "dpo_loss": "raise_core.dpo",
     "EmaReference": "raise_core.ema",
     "FrozenReference": "raise_core.ema",
     "PolicyReference": "raise_core.ema",
