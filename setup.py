@@ -11,6 +11,7 @@ from setuptools import find_packages, setup
 # Lower bounds: the oldest versions the tests run with, which are the newest that Python 3.10 can have of
 # av, matplotlib and transformers.
 TRITON = "triton>=3.8; platform_system == 'Linux'"
+TRL = "trl>=1.16; python_version >= '3.11'"
 VERIFY = ["rouge-score>=0.1.2", "jiwer>=4.0"]
 TRAIN = [
     *VERIFY,
@@ -54,6 +55,7 @@ setup(
     install_requires=["torch>=2.14"],
     extras_require={
         "train": TRAIN,
+        "trl": [TRL],
         "gpu": [TRITON, "flash-attn>=2.8", "liger-kernel>=0.6"],
         "bench": [
             TRITON,
@@ -63,7 +65,7 @@ setup(
             "rich>=15.0",
             "transformers>=5.20",
             # what is compared with: the versions that were run
-            "trl>=1.16; python_version >= '3.11'",
+            TRL,
             "liger-kernel>=0.8.5; platform_system == 'Linux'",
             "cut-cross-entropy>=25.1.1; platform_system == 'Linux'",
         ],
@@ -73,6 +75,7 @@ setup(
             "pytest>=9.0",
             "pytest-benchmark>=5.2",
             "pytest-xdist>=3.8",
+            TRL,
             "hypothesis>=6.150",
             # linters at one minor version: a newer one may find fault with code that nobody touched
             "ruff==0.17.*",
