@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,18 +29,17 @@ def check_liger() -> None:
 
 def use_liger(model: Any) -> None:
     """Norms and feed-forward layers of `model` by Liger. UserError for a family that it does not know."""
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
-
+    known = import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     kind = model.config.model_type
-    if kind not in KNOWN:
+    if kind not in known:
         raise UserError(
             f"liger: this liger-kernel has nothing for {kind!r}; update it (pip install -U liger-kernel) or "
             "set liger=false"
         )
-    takes = inspect.signature(KNOWN[kind]).parameters
+    takes = inspect.signature(known[kind]).parameters
     try:
         with _families_kept(model):
-            KNOWN[kind](model=model, **{name: on for name, on in PIECES.items() if name in takes})
+            known[kind](model=model, **{name: on for name, on in PIECES.items() if name in takes})
     except ImportError as error:
         raise UserError(
             f"liger: this liger-kernel does not fit this transformers for {kind!r} ({error}); update it (pip "

@@ -84,9 +84,10 @@ def sample(
     else:
         by_prompt = [None] * len(prompts) if draws is None else draws.split(group_size)
         parts = [grow([p], d, None) for p, d in zip(prompts, by_prompt, strict=True)]
-    grown = [[x for part in parts for x in part[which]] for which in range(3)]
+    completions = [ids for part in parts for ids in part[0]]
+    logp, entropy = [x for part in parts for x in part[1]], [x for part in parts for x in part[2]]
     owner = [i // group_size for i in range(len(prompts) * group_size)]
-    return Rollout(list(prompts), *grown, owner, features)
+    return Rollout(list(prompts), completions, logp, entropy, owner, features)
 
 
 def _grow(
