@@ -100,16 +100,14 @@ def _hidden_grad_kernel(
     n = tl.load(p_rows + s).to(tl.int64)
     plus = tl.zeros([TAGS], tl.float32)
     minus = tl.zeros([TAGS], tl.float32)
-    earlier = 0
     for start in range(0, S, TAGS):
         o_s = start + tl.arange(0, TAGS)
-        same = tl.load(p_rows + o_s, mask=o_s < S, other=-1).to(tl.int64) == n
+        same = (o_s < S) & (tl.load(p_rows + o_s, mask=o_s < S, other=0).to(tl.int64) == n)
         plus += tl.load(p_on + o_s, mask=same, other=0.0)
         minus += tl.load(p_on + S + o_s, mask=same, other=0.0)
-        earlier += tl.sum((same & (o_s < s)).to(tl.int32), 0)
     on_plus, on_minus = tl.sum(plus, 0), tl.sum(minus, 0)
-    # The first tag of a row writes it for all; the others, and row numbers outside, write nothing.
-    if (n >= 0) & (n < N) & (earlier == 0):
+    # Tags of one row write the same bits to it; row numbers outside write nothing.
+    if (n >= 0) & (n < N):
         for start in range(0, D, BLOCK):
             o_d = start + tl.arange(0, BLOCK).to(tl.int64)
             m_d = o_d < D
