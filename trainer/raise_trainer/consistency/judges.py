@@ -122,7 +122,7 @@ class ModelJudge:
         policy.model.eval()
         room = int(policy.model.config.get_text_config().max_position_embeddings) - self.max_new_tokens
         template = PromptTemplate(text="{question}")
-        builder = PromptBuilder(policy.processor, max_length=room, frames=1, template=template)
+        builder = PromptBuilder(policy.processor, max_length=room, frames=2, template=template)
         longest_first = sorted(prompts, key=len, reverse=True)
         for start in range(0, len(longest_first), self.batch):
             kept = list[tuple[str, Prompt]]()
