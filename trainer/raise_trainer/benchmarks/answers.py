@@ -1,7 +1,7 @@
 """Answers of a model, one JSON line each, appended as they come: what a killed evaluation goes on from.
 
 `answers.jsonl`, and `answers-N.jsonl` of process N. An answer's key is (bench, id, sample); of several with
-one key the last counts.
+one key the last counts, but none that could not be asked stands above one that could.
 """
 
 import json
@@ -75,14 +75,16 @@ class AnswerFile:
 
 
 def read_answers(folder: Path) -> dict[Key, Answer]:
-    """Answers of all processes by key, the last of each. UserError naming a line that is no answer."""
+    """Answers of all processes by key, one of each. UserError naming a line that is no answer."""
     found = dict[Key, Answer]()
     names = [folder / "answers.jsonl", *sorted(folder.glob("answers-*.jsonl"))]
     for file in names:
         if file.is_file():
             for number, record in read_json_lines(file):
                 answer = _answer(file, number, record)
-                found[answer.key] = answer
+                before = found.get(answer.key)
+                if before is None or answer.usable or not before.usable:
+                    found[answer.key] = answer
     return found
 
 
@@ -108,10 +110,10 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     file = folder / "settings.json"
     try:
         if not file.is_file():
-            if folder.is_dir() and any(folder.iterdir()):
+            if folder.is_dir() and any(other != _beside(file) for other in folder.iterdir()):
                 raise UserError(f"--out {folder}: holds something that is no evaluation; name another folder")
             folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(dict(settings), indent=1) + "\n", encoding="utf-8")
+            _write(file, settings)
             return
         before = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -125,4 +127,14 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(
             f"--out {folder}: its answers were made otherwise: {'; '.join(differ)}; name another folder"
         )
-    file.write_text(json.dumps(before | dict(settings), indent=1) + "\n", encoding="utf-8")
+    _write(file, before | dict(settings))
+
+
+def _beside(file: Path) -> Path:
+    return file.with_suffix(".tmp")
+
+
+def _write(file: Path, settings: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    _beside(file).write_text(json.dumps(dict(settings), indent=1) + "\n", encoding="utf-8")
+    _beside(file).replace(file)

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import BadRow, UserError
 from . import mmvu, mvbench, temp_compass, video_mme, video_mmmu, video_r1, vsi_bench
 from .questions import Draft, Question, Refused, question
 from .records import find, fingerprint, read
+from .settings import Source
 
-Source = Literal["auto", "published", "video_r1"]
 Item = Question | Refused
 
 

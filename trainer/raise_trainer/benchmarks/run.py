@@ -1,9 +1,8 @@
 """`raise-core eval`: ask a model every question of some benchmarks; killed and run again, it goes on."""
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ import torch
 import raise_core as rc
 
 from .. import ranks
-from ..errors import BadMedia, BadRow, UserError
+from ..checkpoints.ranks import share
+from ..errors import BadMedia, BadRow
 from ..logbook import Logbook
 from ..media.loader import MediaLoader
 from ..media.sampling import Sampling
@@ -23,60 +23,11 @@ from ..rows import Row
 from ..train_config import check
 from .answers import Answer, AnswerFile, Key, check_settings, read_answers
 from .clips import DECODE, ClipRequest
-from .load import Item, Loaded, Source, load
+from .load import Item, Loaded, load
 from .questions import Question
 from .results import Result, summarise
 from .scoring import grade
-
-SCORERS = {"video_r1": ("video_r1",), "official": ("official",), "both": ("video_r1", "official")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSettings:
-    """What `raise-core eval` was asked for; see its --help. batch: completions that grow side by side."""
-
-    model: str
-    bench: tuple[str, ...]
-    data: Path
-    out: Path
-    source: Source = "auto"
-    scorer: str = "both"
-    frames: int = 16
-    pixels: int = 256 * 28 * 28
-    template: str = "think"
-    samples: int = 1
-    temperature: float = 0.0
-    max_new_tokens: int = 1024
-    seed: int = 0
-    dtype: str = "bfloat16"
-    attention: str = "sdpa"
-    batch: int = 8
-    workers: int = 2
-    limit: int | None = None
-    retry: bool = False
-
-    def __post_init__(self) -> None:
-        if self.samples > 1 and self.temperature == 0:
-            raise UserError(
-                f"--samples {self.samples} at temperature 0: greedy samples are all equal; give --temperature"
-            )
-        for name in ("samples", "max_new_tokens", "batch", "pixels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
-        if self.temperature < 0 or self.workers < 0 or (self.limit is not None and self.limit < 1):
-            raise UserError(
-                f"--temperature {self.temperature} --workers {self.workers} --limit {self.limit}: expected "
-                "at least 0, 0 and 1"
-            )
-
-    def made_by(self, loaded: Sequence[Loaded]) -> dict[str, Any]:
-        """What an answer depends on; the number of samples, benchmarks and rows may change."""
-        names = (
-            "model", "frames", "pixels", "template", "temperature", "max_new_tokens", "seed", "dtype",
-            "attention",
-        )  # fmt: skip
-        own = {name: getattr(self, name) for name in names}
-        return own | {f"data/{one.name}": [one.source, one.fingerprint] for one in loaded}
+from .settings import SCORERS, EvalSettings
 
 
 class QuestionPrompts(PromptBuilder):
@@ -108,7 +59,8 @@ def evaluate(settings: EvalSettings, log: Logbook | None = None) -> list[Result]
 
     device = PartialState().device
     loaded = [load(n, settings.data, source=settings.source, limit=settings.limit) for n in settings.bench]
-    _first_process(lambda: check_settings(settings.out, settings.made_by(loaded)))
+    files = {one.name: [one.source, one.fingerprint] for one in loaded}
+    share(lambda: check_settings(settings.out, settings.made_by(files)))
     log = log or Logbook(settings.out, silent=ranks.rank() > 0)
     for one in loaded:
         if one.missing:
@@ -125,12 +77,6 @@ def evaluate(settings: EvalSettings, log: Logbook | None = None) -> list[Result]
         ranks.gather(None)
     answers = read_answers(settings.out)
     return [summarise(one, answers, settings.samples, SCORERS[settings.scorer]) for one in loaded]
-
-
-def _first_process(do: Callable[[], None]) -> None:
-    from ..checkpoints.ranks import share
-
-    share(do)
 
 
 def find_pending(

@@ -13,8 +13,8 @@ from ..errors import BadMedia, UserError
 from .cache import FrameCache
 from .frames import Frames
 from .quarantine import Quarantine
-from .video import Decoded, Request, decode
-from .worker import DECODE, Lost, Worker
+from .video import Decoded, Request
+from .worker import DECODE, Lost, Worker, named
 
 log = logging.getLogger(__name__)
 _Job: TypeAlias = "tuple[Request, Future[Decoded]] | None"
@@ -29,7 +29,7 @@ class MediaLoader:
     cache: where decoded frames are kept between epochs and runs, if anywhere.
     quarantine: its paths are answered with BadMedia and not tried again. The loader does not add to it:
     the caller knows the rows.
-    decode: "module:function" that the processes run.
+    decode: "module:function" that the processes run, or with workers=0 this one.
 
     Not safe to call from two threads.
     """
@@ -52,6 +52,7 @@ class MediaLoader:
         self._tries = retries + 1
         self._cache = cache
         self._quarantine = quarantine
+        self._decode = decode
         self._pending: dict[Request, Future[Decoded]] = {}
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._workers = [Worker(decode, timeout_s=timeout_s) for _ in range(workers)]
@@ -112,7 +113,9 @@ class MediaLoader:
             return refused
         try:
             future = self._pending.pop(request, None)
-            return Frames.of(_cached(request, self._cache, decode) if future is None else future.result())
+            return Frames.of(
+                _cached(request, self._cache, named(self._decode)) if future is None else future.result()
+            )
         except BadMedia as error:
             return error
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -116,6 +117,13 @@ class Worker:
         return _ending(code)
 
 
+def named(decode: str) -> Callable[[Request], Decoded]:
+    """The function of "module:function"."""
+    module, _, function = decode.partition(":")
+    found: Callable[[Request], Decoded] = getattr(import_module(module), function)
+    return found
+
+
 def _ending(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
@@ -145,9 +153,8 @@ def _reply(decode: Any, request: Request) -> tuple[str, Any]:
 def main(descriptor: str, decode: str, timeout_s: str) -> None:
     """Answer requests from the pipe until it closes: also when the trainer was killed."""
     pipe = Connection(int(descriptor))
-    module, _, function = decode.partition(":")
     try:
-        decoder = getattr(import_module(module), function)
+        decoder = named(decode)
     except Exception:
         pipe.send(("failed", traceback.format_exc()))
         return
