@@ -123,14 +123,38 @@ def _prm(arguments: Sequence[str]) -> int:
     return run_command(arguments)
 
 
+def _study(arguments: Sequence[str]) -> int:
+    """published rewards compared on the demo world, paired by seed, at equal compute; tables and figures"""
+    from .study.command import run_command
+
+    return run_command(arguments)
+
+
+def _eval(arguments: Sequence[str]) -> int:
+    """video benchmarks in a local folder: MODEL --bench NAME … --data FOLDER"""
+    from .benchmarks.command import run_command
+
+    return run_command(arguments)
+
+
+def _consistency(arguments: Sequence[str]) -> int:
+    """do answers follow from their chains, and does confidence say so: ANSWERS.jsonl --judge MODEL|URL"""
+    from .consistency.arguments import run_command
+
+    return run_command(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
     "train": _train,
     "sft": _sft,
     "check-data": _check_data,
     "score": _score,
+    "eval": _eval,
     "prm": _prm,
+    "consistency": _consistency,
     "report": _report,
+    "study": _study,
     "doctor": _doctor,
 }
 
