@@ -133,14 +133,17 @@ def arm_of(some: Sequence[Judged], left_out: Mapping[str, int], resamples: int) 
     analysis = confidence_analysis(
         [j.of.right for j in some],
         [j.match for j in some],
-        *(
-            [math.nan if value is None else value for value in values]
-            for values in ([c.answer for c in known], [c.sequence for c in known], [c.min_p for c in known])
-        ),
+        _or_nan([c.answer for c in known]),
+        _or_nan([c.sequence for c in known]),
+        _or_nan([c.min_p for c in known]),
         [j.of.video for j in some],
         resamples=resamples,
     )
     return Arm(len(some), dict(left_out), parts, analysis, _rewards(some, resamples))
+
+
+def _or_nan(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def _rewards(judged_all: Sequence[Judged], resamples: int) -> dict[str, Discrimination]:
