@@ -58,10 +58,15 @@ def question_row(rng: random.Random, scene: world.Scene, task: str, path: str, n
     return row | {"references": world.references(rng, truth)} if task == "describe" else row
 
 
-def flawed_target(rng: random.Random, scene: world.Scene, task: str) -> dict[str, str]:
-    """The supervised chain and answer of a row, wrong in the fixed shares."""
+def flawed_target(
+    rng: random.Random, scene: world.Scene, task: str, lie: tuple[str, ...] | None = None
+) -> dict[str, str]:
+    """The supervised chain and answer of a row, wrong in the fixed shares.
+
+    lie: the claim of the wrong ones; `world.false_claim` when not given.
+    """
     options = world.options_of(task)
-    truth, lie = world.claim(scene, task), world.false_claim(rng, scene, task, options)
+    truth, lie = world.claim(scene, task), lie or world.false_claim(rng, scene, task, options)
     u = rng.random()
     chain = lie if u < CHAIN_AND_ANSWER_WRONG + CHAIN_ALONE_WRONG else truth
     answer = lie if u < CHAIN_AND_ANSWER_WRONG else truth

@@ -16,7 +16,7 @@ import raise_core as rc
 from .completions import completions_of, show_completions
 from .config import DemoConfig
 from .evaluate import judge
-from .grpo import Grpo
+from .grpo import Grpo, Phases
 from .logbook import Logbook
 from .method import Method
 from .prompts import Prompt
@@ -83,14 +83,20 @@ def run_grpo(
     *,
     name: str,
     sampling: dict[str, Any],
+    method: Method | None = None,
+    reference: rc.Reference | None = None,
+    phases: Phases | None = None,
 ) -> None:
-    """GRPO with the configured reward."""
-    reference = rc.EmaReference(model, decay=config.ema_decay)
+    """GRPO with the configured reward. method: instead of the configured one; reference: instead of the EMA;
+    phases: their clock.
+    """
+    method = method or replace(Method.of(config), watch_kl=True)
+    reference = reference or rc.EmaReference(model, decay=config.ema_decay)
     optimizer = _adamw(model, config.grpo_lr)
     batches = _batches(prompts, config.prompts, random.Random(f"{config.seed} grpo"))
     grpo = Grpo(
-        model, reference, optimizer, tokenizer, replace(Method.of(config), watch_kl=True),
-        eos=sampling["eos"], suppress=sampling["suppress"],
+        model, reference, optimizer, tokenizer, method,
+        eos=sampling["eos"], suppress=sampling["suppress"], phases=phases,
     )  # fmt: skip
     with log.stage(name, config.grpo_steps) as stage:
         for step in range(config.grpo_steps):

@@ -1,0 +1,121 @@
+"""All runs of a study, shared out over processes of one thread each; killed, it goes on where it was."""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from pathlib import Path
+
+from ..errors import UserError
+from .arms import BASE, Arm, arm
+from .compute import equal_steps
+from .one import Job, do
+from .records import Record, Results, provenance
+from .seeds import is_warm
+from .sizes import Sizes
+
+Do = Callable[[Sequence[Job]], Iterator[tuple[Job, Record]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is run: arms with their seeds 0, 1, …, where results and intermediate files go.
+
+    seeds: at most so many per arm; None for each arm's own number. command: kept with every result.
+    """
+
+    arms: Sequence[Arm]
+    sizes: Sizes
+    results: Path
+    work: Path
+    processes: int = 1
+    seeds: int | None = None
+    command: str = "raise-core study"
+
+    def runs(self) -> list[tuple[Arm, int]]:
+        """Every (arm, seed), seed by seed."""
+        most = max((self._seeds(a) for a in self.arms), default=0)
+        return [(a, seed) for seed in range(most) for a in self.arms if seed < self._seeds(a)]
+
+    def _seeds(self, one: Arm) -> int:
+        return one.seeds if self.seeds is None else min(one.seeds, self.seeds)
+
+
+def run_study(plan: Plan, say: Callable[[str], None] = print) -> Results:
+    """Do what is missing of a plan: warm starts, operations, runs. UserError for folders of other sizes."""
+    results = Results(plan.results)
+    results.open(plan.sizes)
+    Results(plan.work, "--work").open(plan.sizes)  # weights of other sizes must not be gone on from
+    missing = [(a, seed) for a, seed in plan.runs() if not results.has(a.name, seed)]
+    say(f"{len(missing)} of {len(plan.runs())} runs to do, {plan.processes} process(es)")
+    if not missing:
+        return results
+    made_from = provenance() | {"command": plan.command}
+    with _workers(plan) as work:
+        cold = [Job("warm start", s) for s in sorted({s for _, s in missing}) if not is_warm(plan.work, s)]
+        for number, (job, record) in enumerate(work(cold), 1):
+            say(f"[{number}/{len(cold)}] {job}: {record['seconds']:.0f} s")
+        counted = results.operations()
+        names = [BASE, *(a.name for a, _ in missing)]
+        uncounted = [Job("count", missing[0][1], n) for n in dict.fromkeys(names) if n not in counted]
+        for job, record in work(uncounted):
+            results.add_operations(job.arm, record["operations"])
+        counted = results.operations()
+        jobs = [Job("run", s, a.name, equal_steps(counted, a, plan.sizes.grpo_steps)) for a, s in missing]
+        begun = time.monotonic()
+        for number, (job, record) in enumerate(work(jobs), 1):
+            results.write(record | {"made_from": made_from})
+            left = (time.monotonic() - begun) / number * (len(jobs) - number)
+            accuracy = record["figures"]["held_out"]["accuracy"]
+            say(
+                f"[{number}/{len(jobs)}] {arm(job.arm).title}, seed {job.seed}: {record['seconds']:.0f} s, "
+                f"accuracy {accuracy:.3f}; about {left / 60:.0f} min left"
+            )
+    return results
+
+
+@contextmanager
+def _workers(plan: Plan) -> Iterator[Do]:
+    """Jobs to results, as they come; in this process when one is asked for."""
+    if plan.processes == 1:
+        yield lambda jobs: ((job, do(job, plan.work, plan.sizes)) for job in jobs)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when a worker starts
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(plan.processes, mp_context=context, initializer=_end_with_parent) as pool:
+
+        def work(jobs: Sequence[Job]) -> Iterator[tuple[Job, Record]]:
+            running = {pool.submit(do, job, plan.work, plan.sizes): job for job in jobs}
+            for done in as_completed(running):
+                yield running[done], done.result()
+
+        try:
+            yield work
+        except BrokenProcessPool:
+            raise UserError(
+                "a process of the study was killed, perhaps for want of memory; run the same command again: "
+                "finished runs are kept. --processes 1 needs least memory"
+            ) from None
+        except BaseException:
+            for process in list(pool._processes.values()):
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed ends too, in the middle of a run if need be."""
+    parent = parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
