@@ -20,6 +20,8 @@ from torch import Tensor
 import raise_core as rc
 
 from . import ranks
+from .chain_judge import ChainJudge
+from .chain_reward import with_chain_reward
 from .checkpoints import StepGuard
 from .engines.base import Engine, Generate, Sampling, rescored
 from .method import Method
@@ -74,6 +76,7 @@ class Grpo:
     """A policy, its reference and its optimiser.
 
     tokenizer: of the model. eos, suppress: token ids that end a completion, and that are never sampled.
+    judge: the PRM of method.chain, where there is one.
     guard: what to do with a step that is not finite; without one it is an error. phases: its clock.
     """
 
@@ -90,6 +93,7 @@ class Grpo:
         guard: StepGuard | None = None,
         phases: Phases | None = None,
         engine: Engine | None = None,
+        judge: ChainJudge | None = None,
     ) -> None:
         self.model, self.reference, self.optimizer = model, reference, optimizer
         self.tokenizer, self.method = tokenizer, method
@@ -99,6 +103,7 @@ class Grpo:
         self.confidant = rc.Scorer(reference.model, max_tokens=method.micro_tokens)
         self.phases = phases or Phases()
         self.engine = engine or Generate(model, Sampling.of(method, eos=eos, suppress=suppress))
+        self.judge = judge
         self._gap = 0.0  # nats, summed over the step's tokens
         self._sampler_checked = False
 
@@ -163,6 +168,9 @@ class Grpo:
             self._check_sampler(rollout)
         with self.phases("score"), self.reference.active(), gathered(self.confidant.model):
             scored = score(rollout, self.confidant, self.tokenizer, method, eos=self.eos) if prompts else None
+        if self.judge is not None and scored is not None:
+            with self.phases("judge"):
+                scored = with_chain_reward(scored, rollout, self.judge, method, self.tokenizer)
         if weight and scored is not None and other is not None:
             scored = with_bonus(scored, rollout, shuffled.index, other, self.tokenizer, weight)
         made = Round(rollout, scored)
@@ -226,6 +234,8 @@ def _groups(
         return []
     lengths = [len(ids) for ids in rollout.completions]
     logp_ref = None if scored.logp_ref is None else scored.logp_ref.split(lengths)
+    own = scored.step_advantage
+    per_token = None if own is None else own.split(lengths)
     features = rollout.features or [None] * len(rollout.prompts)
     groups = []
     for p, inputs in enumerate(rollout.inputs):
@@ -241,7 +251,8 @@ def _groups(
             reference = None if logp_ref is None else torch.cat([logp_ref[b] for b in kept])
             said = rollout.sampled_logp
             sampled = None if said is None else torch.cat([said[b] for b in kept])
-            groups.append(Group(inputs, completions, advantage[kept], reference, sampled, features[p]))
+            steps = None if per_token is None else torch.cat([per_token[b] for b in kept])
+            groups.append(Group(inputs, completions, advantage[kept], reference, sampled, features[p], steps))
     return groups
 
 

@@ -9,6 +9,7 @@ from raise_core.policy_kinds import CLIPPED, Kind, KlEstimator
 from .config import RewardKind
 from .errors import UserError
 from .rewards import check_group_size
+from .train_fields import ChainOfStep
 
 Bonus = Literal["format", "t-grpo", "grpo-care"]
 
@@ -24,7 +25,8 @@ class Method:
     group_size: int
     max_new_tokens: int
     temperature: float = 1.0
-    reward: RewardKind = "scre-igsr"
+    reward: RewardKind | Literal["chain-of-step"] = "scre-igsr"
+    chain: ChainOfStep | None = None  # of the reward "chain-of-step"
     confidence_share: float = 1.0
     eta: float = 0.1
     lam: float = 1.0
@@ -45,6 +47,8 @@ class Method:
 
     def __post_init__(self) -> None:
         self._check_clip()
+        if (self.reward == "chain-of-step") != (self.chain is not None):
+            raise UserError("reward chain-of-step: needs its PRM; write reward: {chain-of-step: FOLDER}")
         check_group_size(self.reward, self.group_size)
         for name, weight in self.bonus.items():
             if name not in get_args(Bonus):
@@ -68,6 +72,8 @@ class Method:
     def of(cls, config: Any) -> "Method":
         """The settings of that name which `config` has."""
         given = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
+        if isinstance(given["reward"], dict):
+            ((given["reward"], given["chain"]),) = given["reward"].items()
         if hasattr(config, "kl_term"):
             given["kl"], given["kl_estimator"] = config.kl_term
         return cls(**given)

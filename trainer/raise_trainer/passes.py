@@ -31,7 +31,8 @@ class Group:
     advantage [g]; logp_ref [t] of their tokens in order. logp_old [t]: log-probabilities of the policy that
     sampled, at the sampling temperature; None until the first update, in which the policy is that one; of
     another engine from the start.
-    features: of the prompt's media where the vision tower is not trained; None runs it.
+    features: of the prompt's media where the vision tower is not trained; None runs it. token_advantage [t]:
+    added to the advantage of each token's completion; None for none.
     """
 
     inputs: dict[str, Any]
@@ -40,6 +41,7 @@ class Group:
     logp_ref: Tensor | None
     logp_old: Tensor | None = None
     features: VisionFeatures | None = None
+    token_advantage: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -56,6 +58,12 @@ class Group:
         """Tokens of its packed pass."""
         return self.prompt_tokens + self.tokens
 
+    @property
+    def moves(self) -> bool:
+        """Whether any of its tokens has an advantage."""
+        per_token = self.token_advantage
+        return bool(self.advantage.any()) or (per_token is not None and bool(per_token.any()))
+
     def cut(self, most: int) -> list["Group"]:
         """The same in groups of at most `most` tokens with the prompt, or of one completion."""
         parts, room = list[list[int]](), 0
@@ -71,11 +79,10 @@ class Group:
         pieces = []
         for part in parts:
             some, tokens = slice(part[0], part[-1] + 1), slice(ends[part[0]], ends[part[-1] + 1])
-            ref, old = (None if x is None else x[tokens] for x in (self.logp_ref, self.logp_old))
+            by_token = ("logp_ref", "logp_old", "token_advantage")
+            cut = {name: None if (x := getattr(self, name)) is None else x[tokens] for name in by_token}
             kept = self.completions[some]
-            pieces.append(
-                replace(self, completions=kept, advantage=self.advantage[some], logp_ref=ref, logp_old=old)
-            )
+            pieces.append(replace(self, completions=kept, advantage=self.advantage[some], **cut))
         return pieces
 
 

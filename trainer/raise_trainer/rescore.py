@@ -17,6 +17,7 @@ from rich.text import Text
 
 import raise_core as rc
 
+from .chain_reward import judge_of, with_chain_reward
 from .completions import Completion, read_completions
 from .errors import BadRow, UserError
 from .media.loader import MediaLoader
@@ -169,6 +170,7 @@ class _Rescorer:
         self.builder = PromptBuilder.configured(policy.processor, config, max_length=context - longest)
         self.scorer = rc.Scorer(policy.model, max_tokens=config.micro_tokens)
         self.method = Method.of(config)
+        self.judge = judge_of(self.method, policy.tokenizer, policy.model, dtype=config.dtype)
         self.left_out: Counter[str] = Counter()
 
     def __call__(self, groups: Sequence[Group], loader: MediaLoader) -> list[dict[str, Any]]:
@@ -196,6 +198,8 @@ class _Rescorer:
             rollout, self.scorer, self.policy.tokenizer, replace(self.method, group_size=size),
             eos=self.policy.eos,
         )  # fmt: skip
+        if self.judge is not None:
+            scored = with_chain_reward(scored, rollout, self.judge, self.method, self.policy.tokenizer)
         return [_line(m, prompts[owner[b]].row, scored, b) for b, m in enumerate(members)]
 
 

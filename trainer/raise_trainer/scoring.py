@@ -26,7 +26,8 @@ class Scored:
     reward [B]; confidence [B] in [0, 1], under the reference, for wrong answers too. truncated [B]: no end.
     logp_ref [T]: log-probability of every completion token under the reference, at the sampling temperature,
     as the policy's in the KL [nats]; None where neither the loss nor a metric has a KL.
-    metrics: means over this batch, by name.
+    metrics: means over this batch, by name. step_advantage [T]: of every completion token beside that of its
+    completion, where steps have their own; else None.
     """
 
     text: list[str]
@@ -37,6 +38,7 @@ class Scored:
     truncated: Tensor
     logp_ref: Tensor | None
     metrics: dict[str, float]
+    step_advantage: Tensor | None = None
 
 
 @torch.no_grad()
@@ -47,7 +49,8 @@ def score(
 
     method.reward: "scre-igsr" rewards right answers by the reference's confidence in them (SCRE for strict
     rows, IGSR for open ones), "scre" the strict rows alone, open ones by their text score; "accuracy" rewards
-    by the text score everywhere; the others are those of `rewards`.
+    by the text score everywhere, and so does "chain-of-step" here, whose PRM speaks later
+    (`chain_reward.with_chain_reward`); the others are those of `rewards`.
     All log the same figures.
     confidence_share k: text * (1 - k) + k * confidence reward. To that come the bonuses "format", for the
     wanted form, and "grpo-care" (`raise_core.bonuses.consistency_bonus`); "t-grpo" needs shuffled frames too:
@@ -87,7 +90,7 @@ def score(
         )  # fmt: skip
     confidence, k = got.confidence.cpu(), method.confidence_share
     logp, extra = got.parts["logp"].cpu(), dict[str, float]()
-    value = text_score if method.reward == "accuracy" else got.reward.cpu()
+    value = text_score if method.reward in ("accuracy", "chain-of-step") else got.reward.cpu()
     if method.reward == "scre":
         value = torch.where(strict, value, text_score)
     if method.reward in FAMILY:

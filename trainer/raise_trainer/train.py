@@ -14,6 +14,7 @@ import raise_core as rc
 
 from . import ranks
 from .adamw import adamw
+from .chain_reward import judge_of
 from .checkpoints import Checkpoints, StepGuard, TrainingState, graceful_stop, truncate_log
 from .checkpoints.ranks import share
 from .checkpoints.stopping import Stop
@@ -186,6 +187,7 @@ def run_train(config: TrainConfig) -> Path:
         grpo = Grpo(
             policy.model, reference, run.optimizer, policy.tokenizer, method, eos=policy.eos,
             suppress=policy.suppress, guard=run.guard, phases=phases, engine=engine,
+            judge=judge_of(method, policy.tokenizer, policy.model, dtype=config.dtype),
         )  # fmt: skip
         with closing(engine), run.log.stage("train", config.steps, done=run.state.step) as stage:
             for step in run.steps(stage, config.updates):

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import RewardKind
 from .errors import UserError
 from .media.sampling import Sampling
 from .train_fields import (
@@ -25,6 +24,7 @@ from .train_fields import (
     Pixels,
     Positive,
     Reference,
+    Reward,
     Share,
     Weight,
     sampling_of,
@@ -67,8 +67,9 @@ class TrainConfig(BaseModel):
     liger: bool = False
     """Liger's kernels in the model's layers (GPU; package liger-kernel)"""
 
-    reward: RewardKind = "scre-igsr"
-    """confidence in right answers, the text score alone (accuracy), or another one of docs/rewards.md"""
+    reward: Reward = "scre-igsr"
+    """confidence in right answers, the text score alone (accuracy), another one of docs/rewards.md, or
+    {chain-of-step: PRM}, {chain-of-step: {prm: …, share: 0.2, per_step: 0, answer: prm}} (docs/steps.md)"""
     confidence_share: Share = 1.0
     """k in text * (1 - k) + k * confidence reward"""
     bonus: Bonuses = {}

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from .config import RewardKind
 from .media.sampling import Sampling
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -107,10 +108,27 @@ def _engine(given: str) -> str:
     raise ValueError("wanted 'generate', 'vllm' or the http://… address of a vLLM server")
 
 
+class ChainOfStep(BaseModel):
+    """The reward of a process reward model; its folder alone stands for one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prm: Annotated[str, Field(min_length=1)]  # folder or Hugging Face id, of the policy's own tokens
+    share: Share = 0.2  # of the steps in the reward
+    per_step: Weight = 0.0  # weight of each step's own advantage on its tokens; true is 1
+    answer: Literal["prm", "text"] = "prm"  # whose score of the answer counts
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_folder(cls, given: Any) -> Any:
+        return {"prm": given} if isinstance(given, str) else given
+
+
 One = Field(min_length=1, max_length=1)  # a mapping of one name to its value
 Clip = tuple[Positive, Positive] | tuple[Positive, Positive, Positive]
 Engine = Annotated[str, AfterValidator(_engine)]
 KlEstimator = Literal["k1", "k2", "k3"]
+Reward = RewardKind | Annotated[dict[Literal["chain-of-step"], ChainOfStep], One]
 Kl = Weight | Annotated[dict[KlEstimator, Weight], One]
 Reference = Literal["ema", "frozen", "policy"] | Annotated[dict[Literal["ema"], Share], One]
 Bonuses = dict[Literal["format", "t-grpo", "grpo-care"], Weight]

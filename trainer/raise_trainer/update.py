@@ -64,7 +64,7 @@ def policy_step(
     tokens their gradient is exactly 0, and they are not run. The first update of a rollout is on-policy, and
     leaves each group its `logp_old` for the next ones.
     """
-    run = [g for g in groups if g.logp_ref is not None or bool(g.advantage.any())]
+    run = [g for g in groups if g.logp_ref is not None or g.moves]
     tokens, sequences, tokens_run, idle = ranks.totals(
         sum(g.tokens for g in groups),
         sum(len(g.completions) for g in groups),
@@ -79,6 +79,12 @@ def policy_step(
         device, head = rows.hidden.device, scorer.head().options()
         olds = [g.logp_old for g in some if g.logp_old is not None]
         refs = [g.logp_ref for g in some if g.logp_ref is not None]
+        steps = None
+        if any(g.token_advantage is not None for g in some):
+            own = [g.token_advantage for g in some]
+            steps = torch.cat(
+                [torch.zeros(g.tokens) if a is None else a for g, a in zip(some, own, strict=True)]
+            )
         made = rc.linear_policy_loss(
             rows.hidden,
             head.pop("weight"),
@@ -98,6 +104,7 @@ def policy_step(
             eps_high=method.clip[1],
             dual_clip=method.clip[2] if len(method.clip) == 3 else None,
             max_ratio=1.0 + method.clip[1],
+            token_advantage=None if steps is None else steps.to(device),
             **head,
         )
         made.loss.backward()
