@@ -48,13 +48,11 @@ class Prefilled:
 
 
 def together(backbone: Backbone) -> bool:
-    """Whether several prompts can grow side by side: their positions can be told, and padding is masked."""
-    return backbone.why_plain is None or _other_attention(backbone)
+    """Whether several prompts can grow side by side: their positions can be told, and padding is masked.
 
-
-def _other_attention(backbone: Backbone) -> bool:
-    """Whether its attention is all that keeps a model from being packed: it knows no mask of trees."""
-    return backbone.attention not in ("sdpa", "eager") and str(backbone.why_plain).startswith("its attention")
+    FlashAttention can; it only has no mask for several prompts in one pass.
+    """
+    return backbone.why_plain is None or backbone.why_plain.startswith("its attention is")
 
 
 def prefill(
