@@ -17,7 +17,7 @@ import pytest
 from raise_trainer import cli, tiny
 from raise_trainer.consistency.arguments import parse
 from raise_trainer.consistency.judging import ask_judge
-from raise_trainer.consistency.records import read_answers
+from raise_trainer.consistency.records import read_answers, rows_of, scored_rewards
 from raise_trainer.consistency.run import Arm, Settings, arm_names, judge_of, run_consistency
 from raise_trainer.errors import UserError
 from raise_trainer.logbook import Logbook
@@ -124,6 +124,39 @@ def test_rewards_in_groups_that_are_all_right(server: FakeChat, tmp_path: Path) 
     assert "rewards.svg" in {path.name for path in (tmp_path / "eval/c/figures").iterdir()}
 
 
+def test_rewards_of_a_scored_file(server: FakeChat, tmp_path: Path) -> None:
+    """A training run's folder; the reward of its third completion is not known."""
+    row = {"problem_id": 3, "problem": "What?", "data_type": "text", "problem_type": "multiple choice",
+           "options": ["A. red", "B. blue"], "solution": "<answer>B</answer>"}  # fmt: skip
+    text = "<think>so {}</think><answer>B</answer>"
+    some = [
+        {"id": 3, "step": step, "text": text.format(said), "logp": [-0.1, p], "answer": [1, 2]}
+        for step, said, p in ((0, "B", -0.5), (0, "A", -0.1), (1, "B", -0.1), (1, "A", -0.5))
+    ]
+    for name, records in (("completions", some), ("rows", [row])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    scored = [{"line": n, "id": 3, "step": 0, "reward": r} for n, r in ((1, 0.9), (2, 0.3), (4, 0.1))]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in scored))
+    given = settings(
+        server,
+        tmp_path,
+        out=tmp_path / "c",
+        data=(tmp_path / "rows.jsonl",),
+        rewards=(("x", tmp_path / "s.jsonl"),),
+    )
+    arm = only(run_consistency(given))
+    assert (arm.rewards["x"].groups, arm.rewards["x"].auroc.value) == (1, 1.0)
+    assert (arm.rewards["scre"].groups, arm.rewards["scre"].auroc.value) == (2, 0.5)
+    assert arm.kinds[0].match.value == 0.5
+    for line, said in (
+        ({"line": 1, "id": 4, "reward": 1.0}, "of other rows"),
+        ({"id": 3}, "line 1: is no line"),
+    ):
+        (tmp_path / "s.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(UserError, match=said):
+            scored_rewards(tmp_path / "s.jsonl", read_answers(tmp_path, rows_of(given.data))[0])
+
+
 def asked(given: Settings) -> list[str]:
     """The judge's replies to all chains; no figures."""
     given.out.mkdir(exist_ok=True)
@@ -221,7 +254,8 @@ def test_the_command(server: FakeChat, tmp_path: Path, monkeypatch: Any, capsys:
 @pytest.mark.parametrize(
     ("options", "said"),
     [(["--batch", "0"], "--batch 0"), (["--max-new-tokens", "0"], "--max-new-tokens 0"),
-     (["--threshold", "nan"], "--threshold nan"), (["--timeout", "0"], "--timeout 0")],
+     (["--threshold", "nan"], "--threshold nan"), (["--timeout", "0"], "--timeout 0"),
+     (["--rewards", "rlpr"], "expected NAME=FILE")],
 )  # fmt: skip
 def test_wrong_arguments(options: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
@@ -234,6 +268,11 @@ def test_arms_have_names(server: FakeChat, tmp_path: Path) -> None:
     assert list(arm_names([a])) == ["x"] and list(arm_names([a, b])) == ["x/a", "x/b"]
     with pytest.raises(UserError, match="both would be called"):
         arm_names([a, tmp_path / "y" / "x" / "a.jsonl"])
+    assert list(arm_names([tmp_path])) == [tmp_path.name]
+    with pytest.raises(UserError, match=r"neither answers\.jsonl nor"):
+        read_answers(tmp_path, {})
+    with pytest.raises(UserError, match="there are several"):
+        run_consistency(settings(server, a, files=(a, b), rewards=(("x", a),)))
     with pytest.raises(UserError, match="name one with --judge-model"):
         run_consistency(settings(server, answers(tmp_path / "eval", *EIGHT), judge_model=""))
     with pytest.raises(UserError, match="none of its answers can be used; row 1: is in no file of --data"):

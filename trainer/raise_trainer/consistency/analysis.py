@@ -114,9 +114,9 @@ def _separation(right: Flags, confidence: Floats, clusters: Clusters) -> Separat
         histogram_right=counts[0],
         histogram_wrong=counts[1],
         auroc=clusters.interval(auroc_figure(flags, values), known),
-        overlap=clusters.interval(overlap_figure(flags, values, bins=HISTOGRAM_BINS), known),
+        overlap=clusters.interval(overlap_figure(flags, values, bins=HISTOGRAM_BINS), known, biased=True),
         calibration_error=clusters.interval(
-            calibration_error_figure(flags, values, bins=RELIABILITY_BINS), known
+            calibration_error_figure(flags, values, bins=RELIABILITY_BINS), known, biased=True
         ),
         reliability=shares(flags, values, bins=RELIABILITY_BINS),
     )

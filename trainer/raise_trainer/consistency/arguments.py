@@ -25,13 +25,15 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="ANSWERS.jsonl",
-        help="of raise-core eval, or completions.jsonl of a training run; each file is an arm",
+        help="of raise-core eval, or completions.jsonl of a training run, or the folder; each is an arm",
     )
     judge = "Hugging Face id or folder of a causal model, or an OpenAI-compatible address up to /v1"
     add("--judge", required=True, metavar="MODEL|URL", help=judge)
     add("--judge-model", default="", metavar="NAME", help="of the model at that address")
     rows = "rows that a training run's completions are of; may be given again"
     add("--data", action="append", default=[], type=Path, metavar="FILE", help=rows)
+    scored = "a reward of the completions, in a file of raise-core score; may be given again"
+    add("--rewards", action="append", default=[], metavar="NAME=FILE", help=scored)
     add("--out", type=Path, help="folder; consistency beside the first file")
     threshold = "text score from which on an answer is right, and two answers in words are one (0.5)"
     add("--threshold", type=float, default=0.5, help=threshold)
@@ -66,8 +68,21 @@ def parse(arguments: Sequence[str]) -> "Settings":
         raise UserError(f"--threshold {given.threshold}: expected a number above 0, at most 1")
     if not given.timeout > 0:
         raise UserError(f"--timeout {given.timeout}: expected seconds, more than 0")
-    values = vars(given) | {"files": tuple(given.files), "data": tuple(given.data)}
-    return Settings(**values | {"out": given.out or given.files[0].parent / "consistency"})
+    pairs = [one.partition("=") for one in given.rewards]
+    if wrong := [
+        one for one, (name, _, file) in zip(given.rewards, pairs, strict=True) if not name or not file
+    ]:
+        raise UserError(f"--rewards {wrong[0]}: expected NAME=FILE, such as rlpr=completions.scored.jsonl")
+    values = vars(given) | {
+        "files": tuple(given.files),
+        "data": tuple(given.data),
+        "rewards": tuple((name, Path(file)) for name, _, file in pairs),
+    }
+    return Settings(**values | {"out": given.out or _beside(given.files[0]) / "consistency"})
+
+
+def _beside(file: Path) -> Path:
+    return file if file.is_dir() else file.parent
 
 
 def run_command(arguments: Sequence[str]) -> int:

@@ -29,10 +29,10 @@ def told(interval: Interval, digits: int = 3) -> str:
 def draw_confidence(analysis: Analysis) -> Any:
     """Histograms of right and wrong answers by answer-token and by whole-sequence confidence."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 2.9), layout="constrained")
-    named = (("answer's tokens", analysis.answer), ("all tokens", analysis.sequence))
+    named = (("the answer's tokens", analysis.answer), ("all tokens", analysis.sequence))
     for axis, (title, found) in zip(axes, named, strict=True):
         _histogram(axis, found)
-        axis.set_title(f"Confidence in the {title}", loc="left", fontweight="bold")
+        axis.set_title(f"Confidence in {title}", loc="left", fontweight="bold")
         axis.set_xlabel(f"AUROC {told(found.auroc)}, overlap {told(found.overlap)}")
     axes[0].set_ylabel("share of right, of wrong answers")
     return figure

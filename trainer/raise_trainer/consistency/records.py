@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from raise_core.tags import answer_in
@@ -21,6 +22,7 @@ from ..row_files import RowFile
 from ..rows import Row, parse_row
 from .confidence import Confidence
 from .match import THRESHOLD, answer_of, chain_of, score_of
+from .statistics import Floats
 
 LogProb = Annotated[float, Field(le=0.0)]  # nats
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -119,14 +121,16 @@ def _without_media(number: int, raw: Any) -> Row:
 def read_answers(
     file: Path, rows: Mapping[int | str, Row | BadRow], *, threshold: float = THRESHOLD
 ) -> tuple[list[Answer], Counter[str]]:
-    """The answers of a file, and why others are left out, with their numbers.
+    """The answers of a file or folder, and why others are left out, with their numbers.
 
     file: JSON lines of an evaluation, which bring their questions (of one question and sample the last line
-    counts), or of a training run, whose questions are in `rows` by id. threshold: score from which on an
+    counts), or of a training run, whose questions are in `rows` by id; or the folder of either, with the
+    answers of all its processes. threshold: score from which on an
     answer is right. UserError, naming the line, for one that is neither.
     """
     answers, left_out, place = list[Answer](), Counter[str](), dict[Hashable, int]()
-    for number, raw in read_json_lines(file):
+    lines = ((one, *line) for one in _files(file) for line in read_json_lines(one))
+    for one, number, raw in lines:
         try:
             made = (
                 _evaluated(number, raw, threshold)
@@ -137,13 +141,13 @@ def read_answers(
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"])) or "line"
             raise UserError(
-                f"{file}, line {number}: {name}: {first['msg']}; wanted an answer of raise-core eval, or a "
+                f"{one}, line {number}: {name}: {first['msg']}; wanted an answer of raise-core eval, or a "
                 "completion of a training run"
             ) from None
         except BadRow as error:
             left_out[str(error)] += 1
             continue
-        key = (made.group, made.sample) if "bench" in raw else number
+        key = (made.group, made.sample) if "bench" in raw else (one, number)
         if key in place:
             answers[place[key]] = made
         else:
@@ -152,6 +156,19 @@ def read_answers(
     if not answers and not left_out:
         raise UserError(f"{file}: no answer in it")
     return answers, left_out
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or the files of an evaluation's or a training run's folder."""
+    if not path.is_dir():
+        return [path]
+    found = [path / "answers.jsonl", *sorted(path.glob("answers-*.jsonl"))]
+    kept = [file for file in found if file.is_file()]
+    if not kept and (path / "completions.jsonl").is_file():
+        kept = [path / "completions.jsonl"]
+    if not kept:
+        raise UserError(f"{path}: holds neither answers.jsonl nor completions.jsonl; name another folder")
+    return kept
 
 
 def _evaluated(number: int, raw: Mapping[str, Any], threshold: float) -> Answer:
@@ -228,3 +245,20 @@ def _answer(
         is_gold=bool(answer) and answer == (row.solution.strip() if row and untagged else gold),
         confidence=known if answer else Confidence(sequence=known.sequence), **place,
     )  # fmt: skip
+
+
+def scored_rewards(file: Path, answers: Sequence[Answer]) -> Floats:
+    """Rewards [N] that `raise-core score` wrote of a training run's completions; NaN for those it left out.
+
+    UserError for a line that is none, and for a file that is of other completions.
+    """
+    by_line: dict[Any, tuple[Any, float]] = {}
+    for number, record in read_json_lines(file):
+        reward = record.get("reward")
+        if not {"line", "id", "reward"} <= record.keys() or not isinstance(reward, (int, float)):
+            raise UserError(f"{file}, line {number}: is no line of raise-core score; name another file")
+        by_line[record["line"]] = record["id"], float(reward)
+    found = [by_line.get(a.line, (a.id, math.nan)) for a in answers]
+    if any(row_id != a.id for (row_id, _), a in zip(found, answers, strict=True)):
+        raise UserError(f"{file}: its lines are of other rows; score this file of completions again")
+    return np.array([reward for _, reward in found])

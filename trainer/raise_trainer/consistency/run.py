@@ -19,7 +19,7 @@ from .discrimination import Discrimination, discrimination, recorded_rewards
 from .judges import Judge, ModelJudge, ServerJudge
 from .judging import Consistency, Judged, ask_judge, consistency, judged
 from .match import THRESHOLD
-from .records import Answer, read_answers, rows_of
+from .records import Answer, read_answers, rows_of, scored_rewards
 from .report import tables, write_page
 
 STRICT = ("multiple choice", "numerical")  # right or wrong: their groups can be all right
@@ -29,10 +29,11 @@ STRICT = ("multiple choice", "numerical")  # right or wrong: their groups can be
 class Settings:
     """What the command was asked for.
 
-    files: of answers; each is an arm. judge: Hugging Face id, folder, or address of an OpenAI-compatible
-    server. judge_model: its name there. data: rows that a training run's completions are of. threshold: text
-    score from which on an answer is right, and two answers in words are one. key_variable: environment
-    variable with the server's key. resamples: of the intervals.
+    files: of answers, or folders of them; each is an arm. judge: Hugging Face id, folder, or address of an
+    OpenAI-compatible server. judge_model: its name there. data: rows that a training run's completions are
+    of. threshold: text score from which on an answer is right, and two answers in words are one.
+    key_variable: environment variable with the server's key. resamples: of the intervals. rewards: names,
+    and files of `raise-core score` with these rewards of the only arm's completions.
     """
 
     files: tuple[Path, ...]
@@ -49,6 +50,7 @@ class Settings:
     retries: int = 5
     key_variable: str = "OPENAI_API_KEY"
     resamples: int = 1000
+    rewards: tuple[tuple[str, Path], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def run_consistency(settings: Settings, *, console: Console | None = None) -> di
     Replies are kept in `out`/replies.jsonl: a command that was stopped goes on where it was. UserError for
     what a user can mend.
     """
+    if settings.rewards and len(settings.files) > 1:
+        raise UserError("--rewards: are those of one file of answers, and there are several; name one")
     rows = rows_of(settings.data)
     read = {
         name: read_answers(file, rows, threshold=settings.threshold)
@@ -87,7 +91,10 @@ def run_consistency(settings: Settings, *, console: Console | None = None) -> di
         name: [judged(a, replies, refused, threshold=settings.threshold) for a in answers]
         for name, (answers, _) in read.items()
     }
-    arms = {name: arm_of(some, read[name][1], settings.resamples) for name, some in found.items()}
+    arms = {
+        name: arm_of(some, read[name][1], settings.resamples, scored=settings.rewards)
+        for name, some in found.items()
+    }
     _write(settings, found, arms)
     _say(log, settings, arms, refused)
     return arms
@@ -95,10 +102,11 @@ def run_consistency(settings: Settings, *, console: Console | None = None) -> di
 
 def arm_names(files: Sequence[Path]) -> dict[str, Path]:
     """Short names of files: the folder's, with the file's where a folder has several. UserError if equal."""
-    folders = Counter(file.resolve().parent for file in files)
+    folder_of = {file: file.resolve() if file.is_dir() else file.resolve().parent for file in files}
+    folders = Counter(folder_of.values())
     names: dict[str, Path] = {}
     for file in files:
-        folder = file.resolve().parent
+        folder = folder_of[file]
         name = folder.name if folders[folder] == 1 else f"{folder.name}/{file.stem}"
         if name in names:
             raise UserError(f"{file}, {names[name]}: both would be called {name}; rename a folder")
@@ -123,8 +131,14 @@ def judge_of(settings: Settings) -> Judge:
     return ServerJudge(client, max_new_tokens=settings.max_new_tokens, parallel=settings.parallel)
 
 
-def arm_of(some: Sequence[Judged], left_out: Mapping[str, int], resamples: int) -> Arm:
-    """All figures of judged answers, one or more."""
+def arm_of(
+    some: Sequence[Judged],
+    left_out: Mapping[str, int],
+    resamples: int,
+    *,
+    scored: Sequence[tuple[str, Path]] = (),
+) -> Arm:
+    """All figures of judged answers, one or more. scored: rewards by name, and the files they are in."""
     kinds = list(dict.fromkeys(j.of.kind for j in some))
     parts = [consistency(kind, [j for j in some if j.of.kind == kind], resamples=resamples) for kind in kinds]
     if len(kinds) > 1:
@@ -139,14 +153,16 @@ def arm_of(some: Sequence[Judged], left_out: Mapping[str, int], resamples: int) 
         [j.of.video for j in some],
         resamples=resamples,
     )
-    return Arm(len(some), dict(left_out), parts, analysis, _rewards(some, resamples))
+    return Arm(len(some), dict(left_out), parts, analysis, _rewards(some, resamples, scored))
 
 
 def _or_nan(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def _rewards(judged_all: Sequence[Judged], resamples: int) -> dict[str, Discrimination]:
+def _rewards(
+    judged_all: Sequence[Judged], resamples: int, scored: Sequence[tuple[str, Path]]
+) -> dict[str, Discrimination]:
     """Of the questions that are right or wrong; {} where none was sampled twice."""
     some = [j for j in judged_all if j.of.row is not None and j.of.row.problem_type in STRICT]
     answers: list[Answer] = [j.of for j in some]
@@ -156,6 +172,7 @@ def _rewards(judged_all: Sequence[Judged], resamples: int) -> dict[str, Discrimi
     rewards = recorded_rewards(
         [a.confidence for a in answers], [a.score for a in answers], groups, [a.is_gold for a in answers]
     )
+    rewards |= {name: scored_rewards(file, answers) for name, file in scored}
     return {
         name: discrimination(
             values, np.array([j.match for j in some]), np.array([a.right for a in answers]), groups,
