@@ -128,8 +128,10 @@ def head_fault(backbone: Backbone, tokens: int = 8, columns: int = 512) -> str |
         z, reach = head.logit_scale * z, abs(head.logit_scale) * reach
         if head.softcap is not None:
             z = head.softcap * torch.tanh(z / head.softcap)
-    # A product of D terms is off by about sqrt(D) roundings of its terms; then it is rounded itself.
-    allowed = 4 * eps * (reach / math.sqrt(size) + z.abs() + 1)
+    # A product of D terms is off by about sqrt(D) roundings of its partial sums, which are fp32 or better and
+    # of the size reach / sqrt(D); its factors are rounded as they come, and then it is itself.
+    sums = min(eps, torch.finfo(torch.float32).eps)
+    allowed = 4 * (eps * (reach / math.sqrt(size) + z.abs() + 1) + sums * reach)
     off = (own.to(z.device) - z).abs()
     if bool((off <= allowed).all()):
         return None

@@ -307,6 +307,18 @@ def test_a_head_with_a_bias() -> None:
     assert_within_error_budget(logp(rc.Scorer(model), prompts, found)[:4], oracle, peer, name="bias")
 
 
+@pytest.mark.parametrize("outlier", [1, 40])
+def test_the_roundings_of_a_wide_head_are_no_fault(outlier: int) -> None:
+    """Partial sums are larger than their terms, the more so where a few hidden units are."""
+    model = text_model("Llama", hidden_size=512, num_hidden_layers=1, head_dim=64)
+    with torch.no_grad():
+        model.model.norm.weight[:4] *= outlier
+    assert head_fault(rc.Scorer(model)._engine.backbone) is None
+    with torch.no_grad():
+        model.lm_head.register_forward_hook(lambda module, inputs, out: out * 1.001)
+    assert "logits differ" in str(head_fault(rc.Scorer(model)._engine.backbone))
+
+
 def test_heads_that_are_more_than_a_matrix_are_refused(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, found = [text_prompt(6)], [completions([4, 5])]
     true_forward = type(llama).forward
