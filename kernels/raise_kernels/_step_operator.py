@@ -57,10 +57,12 @@ def _native_forward(
     if how.softcap is None:
         margin = a * ((x * (plus - minus)).sum(1) + (up - down))
         slopes = torch.full((2, len(rows)), a, dtype=x.dtype)
-    else:
-        t = torch.tanh(a * torch.stack([(x * plus).sum(1) + up, (x * minus).sum(1) + down]))
-        margin, slopes = b * (t[0] - t[1]), a * b * (1 - t * t)
-    return margin.masked_fill(~(known & margin.isfinite()), math.nan), slopes
+        return margin.masked_fill(~(known & margin.isfinite()), math.nan), slopes
+    raw = torch.stack([(x * plus).sum(1) + up, (x * minus).sum(1) + down])
+    # tanh makes a number of an infinity, and a NaN would reach the gradient through its slope.
+    fine = known & raw.isfinite().all(0)
+    t = torch.tanh(a * torch.where(fine, raw, 0.0))
+    return (b * (t[0] - t[1])).masked_fill(~fine, math.nan), a * b * (1 - t * t)
 
 
 def _native_backward(

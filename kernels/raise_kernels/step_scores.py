@@ -69,15 +69,17 @@ def _margin_kernel(
         x_plus = x_plus + up if CAPPED else x_plus + (up - down)
         x_minus += down
     if CAPPED:
-        t_plus, t_minus = tanh(a * x_plus), tanh(a * x_minus)
+        # tanh makes a number of an infinity, and a NaN would reach the gradient through its slope.
+        fine = known & (tl.abs(x_plus) < float("inf")) & (tl.abs(x_minus) < float("inf"))
+        t_plus, t_minus = tanh(a * tl.where(fine, x_plus, 0.0)), tanh(a * tl.where(fine, x_minus, 0.0))
         margin = b * (t_plus - t_minus)
         tl.store(p_slope + s, a * b * (1.0 - t_plus * t_plus))
         tl.store(p_slope + S + s, a * b * (1.0 - t_minus * t_minus))
     else:
         margin = a * x_plus
+        fine = known & (tl.abs(margin) < float("inf"))
         tl.store(p_slope + s, a)
         tl.store(p_slope + S + s, a)
-    fine = known & (tl.abs(margin) < float("inf"))
     tl.store(p_out + s, tl.where(fine, margin, float("nan")))
 
 

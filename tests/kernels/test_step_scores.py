@@ -140,20 +140,23 @@ def test_strided_inputs(impl: str) -> None:
     assert_exact(got, want, name="strided")
 
 
+@every_map
 @every_impl
-def test_what_has_no_result_is_nan_and_has_no_gradient(impl: str) -> None:
+def test_what_has_no_result_is_nan_and_has_no_gradient(impl: str, how: LogitMap) -> None:
     hidden = torch.randn(5, 8)
     hidden[1, 2], hidden[2, 0] = NAN, INF
     weight = torch.randn(4, 8)
     hidden.requires_grad_()
     weight.requires_grad_()
     rows = torch.tensor([0, 1, 2, -1, 5, 3])
-    got = run(impl, hidden, weight, rows, 0, 1)
+    got = run(impl, hidden, weight, rows, 0, 1, how=how)
     assert got.isnan().tolist() == [False, True, True, True, True, False]
     got.sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert hidden.grad.ne(0).any(1).tolist() == [True, False, False, True, False]
     assert weight.grad.isfinite().all() and (weight.grad[2:] == 0).all()
+    forbidden = torch.tensor([-INF, 0.0, 0.0, 0.0])
+    assert run(impl, hidden, weight, rows[:1], 0, 1, bias=forbidden, how=how).isnan().all()
     none = run(impl, torch.zeros(0, 8), weight, torch.tensor([0]), 0, 1)
     assert none.isnan().all()
 
