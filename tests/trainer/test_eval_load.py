@@ -2,16 +2,19 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from raise_trainer.benchmarks.clips import Clip
+from raise_trainer.benchmarks.command import settings_of
+from raise_trainer.benchmarks.extraction import AnswerReason
 from raise_trainer.benchmarks.load import BENCHMARKS, load
 from raise_trainer.benchmarks.questions import Question, Refused
 from raise_trainer.benchmarks.settings import NAMES
@@ -272,3 +275,15 @@ def test_parquet_without_pyarrow_says_what_to_install(
     write(tmp_path / "test.parquet", [])
     with pytest.raises(UserError, match="pip install pyarrow"):
         load("vsibench", tmp_path)
+
+
+def test_the_page_names_every_benchmark_reason_and_option() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/evaluate.md").read_text()
+    for name in NAMES:
+        assert f"| `{name}` |" in text
+    for reason in (*get_args(get_args(AnswerReason)[0]), *get_args(get_args(AnswerReason)[1])):
+        assert f"`{reason}`" in text
+    commands = re.findall(r"(?:raise-core|cli) (eval .*)", text)
+    assert len(commands) == 3
+    for command in commands:
+        assert settings_of(command.split()[1:]).model == "MODEL"

@@ -28,7 +28,6 @@ from raise_trainer.benchmarks.settings import EvalSettings
 from raise_trainer.clips import write_mp4
 from raise_trainer.demo import save_model
 from raise_trainer.errors import BadMedia, UserError
-from raise_trainer.logbook import Logbook
 from raise_trainer.media.sampling import Sampling
 from raise_trainer.media.video import decode
 from tests.budget import assert_as_exact_as_fp32
@@ -74,10 +73,7 @@ def settings(folder: Path, out: Path, *more: object, bench: str = "vsibench") ->
 
 
 def run(given: EvalSettings) -> tuple[Any, list[Answer]]:
-    given.out.mkdir(exist_ok=True, parents=True)
-    log = Logbook(given.out, Console(file=io.StringIO()))
-    shutil.rmtree(given.out) if not any(given.out.iterdir()) else None
-    (result,) = evaluate(given, log)
+    (result,) = evaluate(given, Console(file=io.StringIO()))
     return result, list(read_answers(given.out).values())
 
 

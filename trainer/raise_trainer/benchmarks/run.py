@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 
 import raise_core as rc
 
@@ -49,7 +50,7 @@ class Pending:
     samples: tuple[int, ...]
 
 
-def evaluate(settings: EvalSettings, log: Logbook | None = None) -> list[Result]:
+def evaluate(settings: EvalSettings, console: Console | None = None) -> list[Result]:
     """Ask what has no answer yet, then score everything asked for; results by benchmark, on every process.
 
     Run by several processes (`accelerate launch`, `torchrun`) each asks its own share. UserError where the
@@ -61,7 +62,7 @@ def evaluate(settings: EvalSettings, log: Logbook | None = None) -> list[Result]
     loaded = [load(n, settings.data, source=settings.source, limit=settings.limit) for n in settings.bench]
     files = {one.name: [one.source, one.fingerprint] for one in loaded}
     share(lambda: check_settings(settings.out, settings.made_by(files)))
-    log = log or Logbook(settings.out, silent=ranks.rank() > 0)
+    log = Logbook(settings.out, console, silent=ranks.rank() > 0)
     for one in loaded:
         if one.missing:
             log.say(f"{one.name}: no file for {', '.join(one.missing)}; these are not in its means")
