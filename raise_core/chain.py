@@ -21,6 +21,7 @@ after the answer, and says there how much likelier "good" is than "bad". The ans
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -112,12 +113,14 @@ def format_chain(
     """The chain as text, in the form at the top of this file; `parse_chain` gives its steps and answer back.
 
     open, close: tags of the answer; "<answer>" and "</answer>" for the trainer's own data and verifiers.
-    Raises ValueError for a field that holds one of the special tokens.
+    Raises ValueError for a field that holds one of the special tokens, and an answer that holds its tags.
     """
     fields = [text for step in steps for text in (step.name, step.thought, step.reflection)]
     for text in (*fields, answer):
         if (held := _ANY_CHAIN_TOKEN.search(text)) is not None:
             raise ValueError(f"steps, answer: got text that holds {held.group()!r}; remove it")
+    if open in answer or close in answer:
+        raise ValueError(f"answer: got {answer[:80]!r}, which holds {open!r} or {close!r}; remove it")
     blocks = [_written(step) for step in steps]
     return f"{START}\n" + f"{PROCEED}\n".join(blocks) + f"{END}\nAnswer:\n{open}{answer.strip()}{close}"
 
@@ -148,7 +151,9 @@ def parse_chain(text: str) -> Chain:
     faults |= dict.fromkeys(_gap_faults(text, steps))
     if why_none is not None and why_none != "truncated":
         faults[_NO_ANSWER[why_none]] = None
-    if any(text.endswith(token[:n]) for token in CHAIN_TOKENS for n in range(1, len(token))):
+    if why_none == "truncated" or any(
+        text.endswith(token[:n]) for token in CHAIN_TOKENS for n in range(1, len(token))
+    ):
         faults["truncated"] = None
     return Chain(steps, answer, tuple(faults))
 
@@ -158,7 +163,9 @@ def _answer(text: str) -> tuple[str, Reason | None]:
     plain, why_no_plain = answer_in(text if why_none else answer, ANSWER_OPEN, ANSWER_CLOSE)
     if why_none is None:
         return (plain, None) if why_no_plain is None else (answer, None)
-    return (plain, why_no_plain) if why_no_plain in (None, "empty") else ("", why_none)
+    if why_no_plain in (None, "empty") or why_none == "missing":
+        return plain, why_no_plain
+    return "", why_none
 
 
 def _answer_stop(text: str) -> int | None:
@@ -287,24 +294,23 @@ def tag_steps(
 ) -> list[TaggedChain]:
     """Put the step tag after the close tag of each step and of the last complete answer.
 
-    completion_ids: B completions as `find_step_spans` takes them. A tag, good or bad token that the model
-    wrote itself is dropped first, so that no completion can score itself. A token that a close tag shares
-    with what follows is in front of the tag.
+    completion_ids: B completions as `find_step_spans` takes them, whose steps these are. A tag, good or bad
+    token that the model wrote itself is left out, so that no completion can score itself. A token that a
+    close tag shares with what follows is in front of the tag.
     """
     own, tagged = {tokens.tag, tokens.good, tokens.bad}, list[TaggedChain]()
     for row in completion_ids:
-        kept = [(j, int(i)) for j, i in enumerate(row) if int(i) not in own]
-        ids = [i for _, i in kept]
-        ends, steps = step_ends(ids, tokenizer)
+        ends, steps = step_ends(row, tokenizer)
+        kept = [j for j, i in enumerate(row) if int(i) not in own]
         out, positions, done = list[int](), [0] * len(ends), 0
         # An answer that is closed inside of a step, or before one, is scored where it stands.
         for place in sorted(range(len(ends)), key=ends.__getitem__):
-            out += [*ids[done : ends[place]], tokens.tag]
-            done = ends[place]
+            stop = bisect_left(kept, ends[place])
+            out += [*(int(row[j]) for j in kept[done:stop]), tokens.tag]
+            done = stop
             positions[place] = len(out) - 1
-        out += ids[done:]
-        before = tuple(kept[end - 1][0] + 1 for end in ends)
-        tagged.append(TaggedChain(tuple(out), tuple(positions), steps, before))
+        out += [int(row[j]) for j in kept[done:]]
+        tagged.append(TaggedChain(tuple(out), tuple(positions), steps, tuple(ends)))
     return tagged
 
 

@@ -86,6 +86,7 @@ def test_answers_in_the_tags_of_the_verifiers() -> None:
 
 STEP = WHOLE[WHOLE.index(STEP_OPEN) : WHOLE.index(STEP_CLOSE) + len(STEP_CLOSE)]
 TAIL = f"\n{END}\nAnswer:\n<|answer_start|>B<|answer_end|>"
+PLAIN = f"{START}\n{STEP}\n{END}\nAnswer:\n"  # its answer in the verifiers' tags
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,10 @@ TAIL = f"\n{END}\nAnswer:\n<|answer_start|>B<|answer_end|>"
         (f"{START}\n{STEP}{TAIL[:-10]}", 1, "", ("truncated",)),
         (f"{START}\n{STEP}{TAIL[:-14]} or", 1, "", ("unclosed_answer",)),
         (f"{START}\n{STEP}{TAIL.replace('B', ' ')}", 1, "", ("empty_answer",)),
+        (f"{PLAIN}<answer>B", 1, "", ("unclosed_answer",)),
+        (f"{PLAIN}<answer> </answer>", 1, "", ("empty_answer",)),
+        (f"{PLAIN}<answer>B</answ", 1, "", ("truncated",)),
+        (f"{PLAIN}<ans", 1, "", ("truncated",)),
         (f"{START}\n{STEP}\n<|reasoning_pro", 1, "", ("missing_end", "missing_answer", "truncated")),
     ],
 )  # fmt: skip
@@ -140,6 +145,11 @@ def test_a_field_that_holds_a_token_is_refused(token: str) -> None:
         rc.format_chain([rc.Step("a", f"b {token} c")], "B")
 
 
+def test_an_answer_that_holds_its_own_tags_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"answer: got 'a</answer>b', which holds .*; remove it"):
+        rc.format_chain(STEPS, "a</answer>b", open="<answer>", close="</answer>")
+
+
 def test_tags_follow_each_step_and_the_answer() -> None:
     tokenizer = with_tokens()
     tokens = StepTokens.of(tokenizer)
@@ -163,6 +173,24 @@ def test_a_completion_cannot_score_itself() -> None:
     one, other = tag_steps([honest, cheating], tokenizer, tokens)
     assert one.ids == other.ids and one.positions == other.positions
     assert [cheating[end - 1] for end in other.ends] == [honest[end - 1] for end in one.ends]
+
+
+@given(data=st.data(), text=pieces)
+def test_tags_that_a_model_wrote_change_no_step(data: st.DataObject, text: str) -> None:
+    """Not even inside of a chain's token that is written in pieces: a PRM's scores are those of the spans."""
+    tokenizer = Tokenizer.from_str(byte_level().to_str())
+    tokenizer.add_tokens([AddedToken(token) for token in SCORE_TOKENS])
+    tokens, ids = StepTokens.of(tokenizer), tokenizer.encode(f"{STEP}{text}").ids
+    own = [tokens.tag, tokens.good, tokens.bad]
+    for _ in range(3):
+        ids.insert(data.draw(st.integers(0, len(ids))), data.draw(st.sampled_from(own)))
+    (found,), (chain,) = rc.find_step_spans([ids], tokenizer), tag_steps([ids], tokenizer, tokens)
+    assert chain.steps == len(found)
+    assert [i for i in chain.ids if i not in own] == [i for i in ids if i not in own]
+    assert [i for i in chain.ids if i in own] == [tokens.tag] * len(chain.positions)
+    for position, end in zip(chain.positions, chain.ends, strict=True):
+        before = [i for i in chain.ids[:position] if i not in own]
+        assert before == [i for i in ids[:end] if i not in own]
 
 
 def test_without_steps_there_is_nothing_to_tag() -> None:

@@ -67,7 +67,7 @@ def with_chain_reward(
 def _per_token(rollout: Rollout, judged: Sequence[Judged], method: Method, tokenizer: Any) -> Tensor:
     """Advantage of each completion token, [T]; 0 outside of steps."""
     found = rc.find_step_spans(rollout.completions, tokenizer)
-    # A tag that the model wrote itself was dropped before scoring, which may have changed what is a step.
+    # A chain beyond the PRM's context has steps but no scores.
     found = [
         spans if len(spans) == len(one.scores.steps) else [] for spans, one in zip(found, judged, strict=True)
     ]
