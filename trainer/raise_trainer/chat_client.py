@@ -65,7 +65,7 @@ class ReplyCache:
 class ChatClient:
     """An endpoint with a cache. Threads may share one.
 
-    url: up to `/v1`, say; `/chat/completions` is added. key: sent as a bearer token to that address alone
+    url: up to `/v1`, say; `/chat/completions` is added. The cache knows the model by its name alone. key: sent as a bearer token to that address alone
     (no redirect is followed), never kept or shown. timeout: seconds that one try may take. retries: further
     tries after a time-out, a refused connection, a reply of another form, status 429 or 5xx; a server's
     Retry-After is waited for, up to a minute. sleep: for tests.
@@ -87,6 +87,7 @@ class ChatClient:
         self.url, self.model, self.timeout, self.retries = url, model, timeout, retries
         self.cache = ReplyCache(cache)
         self._key, self._sleep = key, sleep
+        self._lock = threading.Lock()
         self._opener = urllib.request.build_opener(_NoRedirect)
         self.asked = 0
 
@@ -108,7 +109,8 @@ class ChatClient:
         known = self.cache.get(name)
         if known is None:
             known = self._ask(json.dumps(self._body(messages, options), sort_keys=True).encode())
-            self.asked += 1
+            with self._lock:
+                self.asked += 1
             self.cache.add(name, known)
         return known
 
