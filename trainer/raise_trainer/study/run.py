@@ -60,7 +60,7 @@ def run_study(plan: Plan, say: Callable[[str], None] = print) -> Results:
     with _workers(plan) as work:
         cold = [Job("warm start", s) for s in sorted({s for _, s in missing}) if not is_warm(plan.work, s)]
         for number, (job, record) in enumerate(work(cold), 1):
-            say(f"[{number}/{len(cold)}] {job}: {record['seconds']:.0f} s")
+            say(f"[{number}/{len(cold)}] {job}: {record['processor_seconds']:.0f} s of processor time")
         counted = results.operations()
         names = [BASE, *(a.name for a, _ in missing)]
         uncounted = [Job("count", missing[0][1], n) for n in dict.fromkeys(names) if n not in counted]
@@ -74,8 +74,8 @@ def run_study(plan: Plan, say: Callable[[str], None] = print) -> Results:
             left = (time.monotonic() - begun) / number * (len(jobs) - number)
             accuracy = record["figures"]["held_out"]["accuracy"]
             say(
-                f"[{number}/{len(jobs)}] {arm(job.arm).title}, seed {job.seed}: {record['seconds']:.0f} s, "
-                f"accuracy {accuracy:.3f}; about {left / 60:.0f} min left"
+                f"[{number}/{len(jobs)}] {arm(job.arm).title}, seed {job.seed}: accuracy {accuracy:.3f}, "
+                f"{record['processor_seconds']:.0f} s of processor time; about {left / 60:.0f} min left"
             )
     return results
 

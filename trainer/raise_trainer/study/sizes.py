@@ -34,7 +34,7 @@ class Sizes:
 
 
 FULL = Sizes(
-    train_videos=500, test_questions=250, shifted_questions=120, warm_steps=300, grpo_steps=60, prompts=12
+    train_videos=500, test_questions=250, shifted_questions=120, warm_steps=300, grpo_steps=50, prompts=12
 )
 QUICK = Sizes(
     train_videos=100, test_questions=40, shifted_questions=20, warm_steps=60, grpo_steps=8, prompts=8,

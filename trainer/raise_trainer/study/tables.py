@@ -170,9 +170,14 @@ def compute(found: Found, operations: dict[str, dict[str, float]]) -> str:
         return f"{steps(a) * sum(operations.get(a.name, {}).values()) / 1e12:.2f}"
 
     def seconds(a: Arm) -> str:
-        return f"{plain.median(found.by[a.name, s]['seconds'] for s in found.seeds(a.name)):.0f}"
+        return f"{plain.median(found.by[a.name, s]['processor_seconds'] for s in found.seeds(a.name)):.0f}"
 
-    head = ["GFLOP of a step", "steps", "TFLOP in all", "seconds of a run, median, evaluation included"]
+    head = [
+        "GFLOP of a step",
+        "steps",
+        "TFLOP in all",
+        "processor seconds of a run, evaluation included (median)",
+    ]
     return table(head, found.arms([*MAIN, *EXPLORATORY]), [gflop, lambda a: str(steps(a)), total, seconds])
 
 
