@@ -65,10 +65,11 @@ class ReplyCache:
 class ChatClient:
     """An endpoint with a cache. Threads may share one.
 
-    url: up to `/v1`, say; `/chat/completions` is added. The cache knows the model by its name alone. key: sent as a bearer token to that address alone
-    (no redirect is followed), never kept or shown. timeout: seconds that one try may take. retries: further
-    tries after a time-out, a refused connection, a reply of another form, status 429 or 5xx; a server's
-    Retry-After is waited for, up to a minute. sleep: for tests.
+    url: up to `/v1`, say; `/chat/completions` is added. model: its name there, by which alone the cache
+    knows it. key: sent as a bearer token to that address alone (no redirect is followed), never kept or
+    shown. timeout: seconds that one try may take. retries: further tries after a time-out, a refused
+    connection, a reply of another form, status 429 or 5xx; a server's Retry-After is waited for, up to a
+    minute. sleep: for tests.
     """
 
     def __init__(
