@@ -171,8 +171,8 @@ def test_shares_of_rollouts_by_hand(model: Path, tmp_path: Path, monkeypatch: An
     assert torch.equal(asked[1][1], draws(0, [(0, 1)], 4, 5))
     asked.clear()
     said[0] = ["4", "4", "", "6"]
-    label_rows(by_rollouts(model, tmp_path, out=tmp_path / "hard.jsonl", labels="hard"))
-    (line,) = map(json.loads, (tmp_path / "hard.jsonl").read_text().splitlines())
+    label_rows(by_rollouts(model, tmp_path, out=tmp_path / "new" / "hard.jsonl", labels="hard"))
+    (line,) = map(json.loads, (tmp_path / "new" / "hard.jsonl").read_text().splitlines())
     assert line["labels"] == [0.0, 1.0, 1.0] and line["shares"] == [0.0, 0.75, 1.0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,6 +210,26 @@ def test_scores_of_a_file(start: Path, capsys: pytest.CaptureFixture[str], monke
         score_rows(config(start, data=data, on_bad_media="fail"), out=start / "none.jsonl")
     with pytest.raises(UserError, match="is a file of rows"):
         score_rows(config(start, data=data), out=data)
+
+
+def test_scores_that_are_not_finite_are_left_out_by_row(start: Path, monkeypatch: Any) -> None:
+    real, data = (
+        rc.StepScorer.margins,
+        written(start / "odd.jsonl", [toy(i, random.Random(i)) for i in (0, 1)]),
+    )
+
+    def overflown(self: Any, *args: Any) -> torch.Tensor:
+        """As half precision may: the second of six tags has no result."""
+        return real(self, *args).index_fill(0, torch.tensor([1]), math.nan)
+
+    monkeypatch.setattr(rc.StepScorer, "margins", overflown)
+    out = start / "new" / "folder" / "scores.jsonl"
+    found = score_rows(config(start, data=data), out=out)
+    assert [json.loads(line)["row"] for line in out.read_text().splitlines()] == [1] and found.tags == 3
+    (said,) = found.left_out
+    assert said.startswith("row toy 0: a score is not finite")
+    with pytest.raises(UserError, match="row toy 0: a score is not finite"):
+        score_rows(config(start, data=data, on_bad_media="fail"), out=out)
 
 
 def test_a_model_without_the_tokens_is_refused_with_the_command(start: Path) -> None:

@@ -40,6 +40,7 @@ def label_rows(config: LabelConfig, *, console: Console | None = None) -> Counte
     done = _done(config.out, source.fingerprint)
     label = _by_judge(config) if config.by == "judge" else _by_rollouts(config)
     counts: Counter[str] = Counter(labelled=0, had=0, unreadable=0, left_out=0)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     with config.out.open("a", encoding="utf-8") as file:
         for number in range(len(source)):
             if number in done:

@@ -1,6 +1,7 @@
 """`raise-core prm score`: the step scores of a file of chains, and how often they agree with its labels."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ def score_rows(
     console = console or Console(highlight=False)
     if out.resolve() in {one.path.resolve() for one in config.data}:
         raise UserError(f"--out {out}: is a file of rows; name another")
+    out.parent.mkdir(parents=True, exist_ok=True)
     policy = load_policy(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     policy.model.eval()
     step_tokens(policy.tokenizer)
@@ -61,7 +63,7 @@ def score_rows(
         for first in range(0, len(source), config.prompts):
             numbers = range(first, min(first + config.prompts, len(source)))
             members = list(_members(source, numbers, builder, loader, scorer, config, found))
-            for line, labels in _lines(scorer, members, step_share):
+            for line, labels in _lines(scorer, members, step_share, config, found):
                 found.saw([*line["step_scores"], line["answer_score"] or 0.0], labels)
                 file.write(json.dumps(line) + "\n")
     for text in found.left_out:
@@ -113,13 +115,19 @@ def _members(
 
 @torch.no_grad()
 def _lines(
-    scorer: rc.StepScorer, members: Sequence[Member], step_share: float
+    scorer: rc.StepScorer, members: Sequence[Member], step_share: float, config: TrainConfig, found: Agreement
 ) -> Iterator[tuple[dict[str, Any], tuple[float, ...]]]:
     """What is written of each row, and its labels."""
     margins = scorer.margins([p.inputs for _, p, _ in members], [[chain] for _, _, chain in members])
     values = iter(torch.sigmoid(margins).tolist())
     for number, prompt, chain in members:
         scores = [next(values) for _ in chain.positions]
+        if not all(map(math.isfinite, scores)):
+            text = (
+                f"row {prompt.row.problem_id}: a score is not finite; the PRM's logits are not, mend the PRM"
+            )
+            _leave_out(config, found, BadRow(text))
+            continue
         steps, answer = scores[: chain.steps], (scores[chain.steps :] or [None])[0]
         reward = rc.trajectory_reward(
             torch.tensor(steps), torch.tensor([0, len(steps)]), torch.tensor([answer or 0.0]), step_share
