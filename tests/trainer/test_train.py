@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,11 @@ def test_what_cannot_be_used_is_left_out_by_name(world: Path, tmp_path: Path) ->
     rows = lines(run)
     assert rows[-1]["left_out"] == 3 and rows[-1]["epoch"] == 1.0
     assert all(row["completion_tokens_mean"] > 0 for row in rows)
+    before = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints/save-00002-step-3")
+    assert rows[1]["left_out"] > 0  # of the run that goes on these are the past
+    run_train(config(world, tmp_path / "run", data=data, steps=3))
+    assert (run / "metrics.jsonl").read_bytes() == before
     with pytest.raises(UserError, match=r"lost|broken|solution"):
         run_train(config(world, tmp_path / "strict", data=data, steps=3, on_bad_media="fail"))
 
@@ -256,6 +262,31 @@ def test_the_tracker_gets_what_the_files_get(
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         run_train(config(world, tmp_path / "new", tracker="tensorboard", model="not looked at"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_supervised_steps_train_after_an_evaluation_too(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training mode: without it gradient checkpointing and dropout would be off from there on."""
+    modes, inner = list[bool](), train_module.sft_step
+
+    def noted(scorer: Any, *args: Any, **options: Any) -> dict[str, float]:
+        modes.append(scorer.model.training)
+        return inner(scorer, *args, **options)
+
+    monkeypatch.setattr(train_module, "sft_step", noted)
+    data = {"data": [world / "data/sft.json"], "eval_data": [world / "data/test.json"]}
+    run_sft(config(world, tmp_path / "run", **data, eval_every=1, steps=2))
+    assert modes == [True, True]
+
+
+def test_settings_that_do_not_go_together_are_named_before_the_model_is_loaded(
+    world: Path, tmp_path: Path
+) -> None:
+    for other, match in (({"clip": [2, 0.2]}, "clip"), ({"reward": "jepo", "group_size": 1}, "reward jepo")):
+        with pytest.raises(UserError, match=match):
+            run_train(config(world, tmp_path / "new", model="not looked at", **other))
     assert not (tmp_path / "new").exists()
 
 

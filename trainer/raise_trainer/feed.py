@@ -66,11 +66,6 @@ class Feed:
         """Of the data files' bytes."""
         return self.source.fingerprint
 
-    @property
-    def left_out(self) -> int:
-        """Rows that could not be used so far, in this process."""
-        return len(self.quarantine)
-
     def take(
         self, step: int, count: int | None = None, *, first: int = 0
     ) -> tuple[list[tuple[int, int]], list[Prompt]]:

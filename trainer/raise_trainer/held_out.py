@@ -27,10 +27,11 @@ class HeldOutRows:
     def figures(self, advance: Callable[[int], None] = lambda n: None) -> dict[str, float]:
         """Mean text score of all rows, share without an answer, share that could not be used.
 
-        All processes call it.
+        All processes call it. The model is afterwards in training or evaluation mode as before.
         """
         mine = range(ranks.rank(), len(self.source), ranks.size())
         score = missing = unused = 0.0
+        training = self.policy.model.training
         self.policy.model.eval()
         with MediaLoader(workers=self.config.workers) as loader:
             for start in range(0, len(mine), self.config.prompts):
@@ -41,6 +42,7 @@ class HeldOutRows:
                     score += row_score
                     missing += is_missing
                 advance(len(some))
+        self.policy.model.train(training)
         score, missing, unused = ranks.totals(score, missing, unused)
         rows = len(self.source)
         return {

@@ -178,9 +178,10 @@ def _write_settings(config: TrainConfig, kind: str) -> None:
 
 
 def run_train(config: TrainConfig) -> Path:
-    """GRPO; returns the run's folder."""
+    """GRPO; returns the run's folder. UserError, first of all, for settings that do not go together."""
+    method = Method.of(config)
     with opened(config, "train", with_reference=True) as (run, reference):
-        policy, phases, method = run.policy, Phases(), Method.of(config)
+        policy, phases = run.policy, Phases()
         engine = engine_of(
             config.engine, policy.model, method, path=config.model, eos=policy.eos, suppress=policy.suppress
         )
@@ -198,7 +199,7 @@ def run_train(config: TrainConfig) -> Path:
                     if run.log.may_show_completions():
                         show_completions(run.log, kept)
                 tokens = sum(map(len, made.rollout.completions))
-                _report(run, stage, phases, step, made.figures, config.updates, tokens)
+                report_step(run, stage, phases, step, made.figures, config.updates, tokens)
         return run.log.out
 
 
@@ -227,17 +228,23 @@ def run_sft(config: TrainConfig) -> Path:
                         scorer, run.optimizer, [p.inputs for p in prompts], targets,
                         micro_tokens=config.micro_tokens, guard=run.guard, step=step,
                     )  # fmt: skip
-                _report(run, stage, phases, step, figures, 1, sum(map(len, targets)))
+                report_step(run, stage, phases, step, figures, 1, sum(map(len, targets)))
         return run.log.out
 
 
-def _report(
+def report_step(
     run: Run, stage: Stage, phases: Phases, step: int, figures: dict[str, float], steps: int, tokens: int
 ) -> None:
-    """A line of metrics.jsonl, timings.jsonl and rows.jsonl; the bar moves. tokens: this process's."""
-    figures |= {"epoch": run.feed.sampler.epoch, "left_out": float(run.feed.left_out)}
+    """A line of metrics.jsonl, timings.jsonl and rows.jsonl; the bar moves. All processes call it.
+
+    step: finished optimiser steps before this one; steps: how many it was. figures: the same on all
+    processes; `epoch` and `left_out` are added to them. tokens: of this process.
+    """
     every = ranks.gather((tokens, *run.feed.drain()))
     seconds = time.perf_counter() - run.begun
+    counters = run.state.counters
+    counters["left_out"] = counters.get("left_out", 0) + sum(len(out) for _, _, out in every)
+    figures |= {"epoch": run.feed.sampler.epoch, "left_out": float(counters["left_out"])}
     costs = {"tokens_per_s": sum(t for t, _, _ in every) / seconds, "peak_gib": run.memory.take()}
     run.log.rows(step, [n for _, used, _ in every for n in used], [n for _, _, out in every for n in out])
     run.log.write("train", step, **figures)

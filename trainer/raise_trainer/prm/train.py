@@ -17,7 +17,7 @@ from ..errors import BadRow, UserError
 from ..grpo import Phases
 from ..passes import Group, passes
 from ..rows import Row
-from ..train import _report, opened
+from ..train import opened, report_step
 from ..train_config import TrainConfig
 from ..update import finish
 from .chains import NEUTRAL, step_tokens, tagged_row
@@ -102,7 +102,7 @@ def run_prm(config: TrainConfig) -> Path:
                         scorer, run.optimizer, [p.inputs for p in prompts], labelled,
                         micro_tokens=config.micro_tokens, guard=run.guard, step=step,
                     )  # fmt: skip
-                _report(run, stage, phases, step, figures, 1, sum(len(c.ids) for c, _ in labelled))
+                report_step(run, stage, phases, step, figures, 1, sum(len(c.ids) for c, _ in labelled))
         return run.log.out
 
 
