@@ -1,4 +1,4 @@
-"""The two gradient steps, supervised and GRPO; the only file with `backward()`."""
+"""The two gradient steps, supervised and GRPO, and the end of every step: clip, guard, optimiser."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,7 +45,7 @@ def sft_step(
         entropy += h.sum().item() / max(tokens, 1)
     loss, entropy = ranks.totals(loss, entropy)
     figures = {"loss": loss, "entropy": entropy}
-    return figures | finish(scorer.model, optimizer, loss, guard, step, [g.completions for g in groups])
+    return figures | finish(scorer.model, optimizer, loss, guard, step, _to_look_at(groups))
 
 
 def policy_step(
@@ -117,8 +117,17 @@ def policy_step(
     if idle and tokens_run:
         figures["ratio_mean"] *= tokens / tokens_run
     figures["idle_groups"] = idle
-    batch = [{"completions": g.completions, "advantage": g.advantage} for g in groups]
-    return figures | finish(scorer.model, optimizer, figures.get("loss", 0.0), guard, step, batch)
+    return figures | finish(
+        scorer.model, optimizer, figures.get("loss", 0.0), guard, step, _to_look_at(groups)
+    )
+
+
+def _to_look_at(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """What is kept of a step that is not finite; media are found by the row's number in rows.jsonl."""
+    return [
+        {"prompt": g.inputs["input_ids"], "completions": g.completions, "advantage": g.advantage}
+        for g in groups
+    ]
 
 
 def finish(
