@@ -79,7 +79,7 @@ def attention() -> Iterator[Finding]:
         backends = ", ".join(name for name, enabled in kinds.items() if enabled)
     else:
         backends = "the CPU's"
-    yield Finding("attention", f"sdpa (default) or eager; sdpa may use {backends} kernels")
+    yield Finding("attention", f"sdpa (default), eager or flash; sdpa may use {backends} kernels")
 
 
 def kernels() -> Iterator[Finding]:
