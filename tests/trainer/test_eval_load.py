@@ -110,6 +110,28 @@ def test_video_mme_by_length() -> None:
     assert items[0].video == items[1].video == "data/aAbBcC.mp4"
 
 
+def test_a_clone_of_video_mme_has_a_folder_of_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dDeEfF.mkv").touch()
+    (tmp_path / "videomme").mkdir()
+    shutil.copy(ROWS / "videomme/test.jsonl", tmp_path / "videomme")
+    third = load("videomme", tmp_path).items[2]
+    assert isinstance(third, Question) and third.path == tmp_path / "data/dDeEfF.mkv"
+    (tmp_path / "data").rename(tmp_path / "videomme/data")
+    third = load("videomme", tmp_path).items[2]
+    assert isinstance(third, Question) and third.path == tmp_path / "videomme/data/dDeEfF.mkv"
+
+
+def test_paths_of_video_r1_rows_begin_where_their_file_is(tmp_path: Path) -> None:
+    (tmp_path / "vsibench").mkdir()
+    shutil.copy(ROWS / "video_r1/eval_vsibench.json", tmp_path)
+    first = load("vsibench", tmp_path).items[0]
+    assert isinstance(first, Question) and first.path == tmp_path / "arkitscenes/41060001.mp4"
+    (tmp_path / "eval_vsibench.json").rename(tmp_path / "vsibench/eval_vsibench.json")
+    first = load("vsibench", tmp_path).items[0]
+    assert isinstance(first, Question) and first.path == tmp_path / "vsibench/arkitscenes/41060001.mp4"
+
+
 def test_video_r1_rows_are_the_trainers_own() -> None:
     found = load("vsibench", ROWS / "video_r1")
     assert (found.source, len(found.items)) == ("video_r1", 2)

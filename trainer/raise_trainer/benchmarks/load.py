@@ -18,13 +18,22 @@ Item = Question | Refused
 class Benchmark:
     """How one is read. files: for each label (a task, or "") the names its annotation file may have.
 
-    group: the line of the macro mean that a task belongs to.
+    group: the line of the macro mean that a task belongs to. videos: folder of the videos, where another
+    folder of the published release has the benchmark's name.
     """
 
     title: str
     files: Mapping[str, tuple[str, ...]]
     draft: Callable[[Mapping[str, Any], str, int, Path], Draft]
     group: Callable[[str], str] = str
+    videos: str = ""
+
+    def root(self, name: str, folder: Path) -> Path:
+        """The benchmark's own folder: `name` in the one given, or that itself."""
+        own = folder / name
+        if self.videos and (folder / self.videos).is_dir() and not (own / self.videos).is_dir():
+            return folder
+        return own if own.is_dir() else folder
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -33,7 +42,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mmvu": Benchmark("MMVU (validation)", mmvu.FILES, mmvu.draft),
     "mvbench": Benchmark("MVBench", mvbench.FILES, mvbench.draft),
     "tempcompass": Benchmark("TempCompass (without captioning)", temp_compass.FILES, temp_compass.draft),
-    "videomme": Benchmark("Video-MME (without subtitles)", video_mme.FILES, video_mme.draft),
+    "videomme": Benchmark("Video-MME (without subtitles)", video_mme.FILES, video_mme.draft, videos="data"),
 }
 
 
@@ -68,12 +77,12 @@ def load(name: str, folder: Path, *, source: Source = "auto", limit: int | None 
         raise UserError(f"bench {name!r}: expected one of {', '.join(BENCHMARKS)}")
     if not folder.is_dir():
         raise UserError(f"--data {folder}: is no folder; name the one the benchmarks lie in")
-    root = folder / name if (folder / name).is_dir() else folder
     bench = BENCHMARKS[name]
+    root = bench.root(name, folder)
     published = _published(root, bench) if source != "video_r1" else {}
     r1 = find(root, f"eval_{name}") if source != "published" else []
-    if not r1 and root != folder and source != "published":
-        r1 = find(folder, f"eval_{name}")
+    if not r1 and not published and source != "published":
+        root, r1 = folder, find(folder, f"eval_{name}")
     if published and r1:
         raise UserError(f"{name}: {root} holds its published files and {r1[0].name}; say which with --source")
     if not published and not r1:
