@@ -57,7 +57,8 @@ class ConfidenceMixin:
     text_score: the name of the reward whose column (text scores in [0, 1]) becomes confidence rewards.
     source: "ref" (needs beta > 0) or "old", the policy's own log-probabilities, which ms-swift always has.
     confidence_share, options (of `rc.confidence_rewards`), any_temperature: as elsewhere. Groups are gathered
-    by prompt_id over the processes. Set these in the class.
+    by prompt_id over the processes. group_size: refuse groups of another size even then; None takes them as
+    they are. Set these in the class.
 
     Raises ValueError: no reference log-probabilities, a temperature other than 1 (ms-swift divides the logits
     by it), padding_free, more samples than log-probabilities, a text score outside [0, 1].
@@ -67,6 +68,7 @@ class ConfidenceMixin:
     source = "ref"
     confidence_share = 1.0
     any_temperature = False
+    group_size: int | None = None
     options: Mapping[str, Any] = {}
 
     def _compute_advantages(
@@ -95,7 +97,7 @@ class ConfidenceMixin:
         made = rewards_over_processes(
             answer_logps([logps[b] for b in kept], [ids[b] for b in kept], found),
             score[kept], torch.tensor(strict, dtype=torch.bool), [samples[b].prompt_id for b in kept],
-            **self.options,
+            group_size=self.group_size, **self.options,
         )  # fmt: skip
         score[kept] = mixed(score[kept], made.reward, self.confidence_share)
         changed = rewards_per_func.clone()

@@ -266,9 +266,10 @@ class ConfidenceReward:
                 runs.append(runs[-1] + _differ(before, prompt))
             return runs[:rows], False
         split = rows % size != 0
-        if split and processes == 1:
+        if rows * processes % size:
+            where = "here" if processes == 1 else f"on each of {processes} processes"
             raise ValueError(
-                f"group_size: got {rows} rows here, wanted a multiple of {size}; a group is split over "
+                f"group_size: got {rows} rows {where}, wanted a multiple of {size}; a group is split over "
                 "calls, and its rewards need all of it: make the batch a multiple of num_generations"
             )
         first = rows * distributed.get_rank(self._process_group) if several else 0

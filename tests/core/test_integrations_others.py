@@ -99,6 +99,7 @@ def test_swift_leaves_rows_without_reward_alone(batch: Batch) -> None:
         ({}, {"ref_per_token_logps": None}, "source: got 'ref', but its log-probabilities were not computed"),
         ({"temperature": 0.9}, {}, "logits / 0.9"),
         ({"text_score": "raise"}, {}, "text_score: got 'raise', wanted one of the rewards"),
+        ({"group_size": 3}, {}, "group 0: got 4 completions, wanted group_size 3; a group is split over"),
         ({}, {"completion_mask": torch.ones(8, 12)}, "padding_free"),
     ],
 )

@@ -145,6 +145,10 @@ def test_several_processes_need_the_group_size(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     with pytest.raises(ValueError, match="group_size: got None on several processes"):
         call(lent(), ["<answer>B</answer>"])
+    with pytest.raises(
+        ValueError, match="got 3 rows on each of 2 processes, wanted a multiple of 4; a group"
+    ):
+        call(lent(group_size=4), ["<answer>B</answer>"] * 3)
 
 
 def test_a_model_in_training_mode_is_scored_in_evaluation_mode_and_left_as_it_was() -> None:
