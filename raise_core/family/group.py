@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raise_core.family.segments import (
+    LEAST,
     as_given,
     each_alone,
     members,
@@ -18,8 +19,6 @@ from raise_core.family.segments import (
     span_sum,
     with_empty,
 )
-
-LEAST = -1e6  # nats: what a likelihood of 0 counts as, so that differences stay finite
 
 
 def jepo(logp: Tensor, offsets: Tensor, group: Tensor, *, group_size: int | None = None) -> Tensor:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raise_core.family.segments import as_given, by_span, each_alone, packed_logp, per_span
-
-LEAST = -1e6  # nats: what a likelihood of 0 counts as, so that differences stay finite
+from raise_core.family.segments import LEAST, as_given, by_span, each_alone, packed_logp, per_span
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,9 @@ EMPTY_MEAN = math.log(1e-6)
 EMPTY_SUM = -1000.0
 """A sum of log-probabilities [nats] where there is no token."""
 
+LEAST = -1e6
+"""What the logarithm [nats] of a likelihood of 0 counts as, so that differences stay finite."""
+
 
 def packed(name: str, values: Tensor, offsets: Tensor) -> Tensor:
     """values [T] in fp64. Raises TypeError / ValueError naming what does not fit offsets [S+1]."""
