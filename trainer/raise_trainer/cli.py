@@ -33,6 +33,27 @@ def _demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _demo_steps(arguments: Sequence[str]) -> int:
+    """the same world in steps: chains, a PRM that judges them, search and preference rounds (minutes)"""
+    import tyro
+
+    from .steps_config import StepsConfig
+
+    def demo_steps(config: StepsConfig) -> None:
+        """Train a tiny video model to reason in steps, and a reward model to judge them; search, and DPO."""
+        from .demo_steps import run_demo_steps
+
+        run_demo_steps(config)
+
+    tyro.cli(
+        demo_steps,
+        prog="raise-core demo-steps",
+        args=list(arguments),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+    )
+    return 0
+
+
 def _train(arguments: Sequence[str]) -> int:
     """GRPO with confidence rewards: config.yaml key=value …"""
     return _training("train", _train, arguments)
@@ -123,6 +144,20 @@ def _prm(arguments: Sequence[str]) -> int:
     return run_command(arguments)
 
 
+def _dpo(arguments: Sequence[str]) -> int:
+    """rounds of preference optimisation on a PRM's best and worst paths: config.yaml key=value …"""
+    from .dpo.command import run_command
+
+    return run_command(arguments, _dpo.__doc__)
+
+
+def _search(arguments: Sequence[str]) -> int:
+    """answers out of N chains by votes, a PRM and step beam search: MODEL --prm FOLDER --data FILE …"""
+    from .search.command import run_command
+
+    return run_command(arguments, _search.__doc__)
+
+
 def _study(arguments: Sequence[str]) -> int:
     """published rewards compared on the demo world, paired by seed, at equal compute; tables and figures"""
     from .study.command import run_command
@@ -146,12 +181,15 @@ def _consistency(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
+    "demo-steps": _demo_steps,
     "train": _train,
     "sft": _sft,
     "check-data": _check_data,
     "score": _score,
     "eval": _eval,
     "prm": _prm,
+    "dpo": _dpo,
+    "search": _search,
     "consistency": _consistency,
     "report": _report,
     "study": _study,

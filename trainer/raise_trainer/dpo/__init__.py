@@ -1,0 +1,1 @@
+"""Iterative preference optimisation: paths sampled, scored by a PRM, paired best against worst."""

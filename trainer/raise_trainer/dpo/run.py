@@ -1,0 +1,146 @@
+"""`raise-core dpo`: rounds of paths, pairs and preference steps; killed at any point, it goes on there."""
+
+import gc
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import raise_core as rc
+
+from .. import ranks
+from ..checkpoints import Checkpoints
+from ..checkpoints.manifest import read as about
+from ..checkpoints.ranks import share
+from ..errors import UserError
+from ..grpo import Phases
+from ..logbook import Logbook
+from ..row_files import RowFile
+from ..train import opened, report_step
+from ..train_config import TrainConfig, as_yaml
+from .config import FREE, DpoConfig
+from .paths import pairs_of_round
+from .step import Pair, dpo_step
+
+
+def run_dpo(config: DpoConfig) -> Path | None:
+    """All rounds; returns the folder of the last policy, None when a signal stopped it.
+
+    Each round samples the last policy, pairs the best path of each question with the worst by the PRM, and
+    trains on the pairs from `start`, which is the reference too. A round's folder has its paths, pairs and
+    training run (`dpo.paths`); what is there is not done again. UserError where `out` holds a run with other
+    settings, or a round finds no pair.
+    """
+    from accelerate import PartialState
+
+    device = PartialState().device
+    share(lambda: _open(config))
+    log = Logbook(config.out, silent=ranks.rank() > 0)
+    model = config.model
+    for number in range(1, config.rounds + 1):
+        folder = config.out / f"round-{number}"
+        counts = pairs_of_round(config, number, model, folder, log, device)
+        log.say(
+            f"round {number}: {counts['pairs']} pairs of {counts['questions']} questions; "
+            f"{counts['close']} closer than {config.min_gap}, {counts['no_answer']} without an answer, "
+            f"{counts['left_out']} left out; mean reward {counts['reward_mean']:.3f}"
+        )
+        if not counts["pairs"]:
+            raise UserError(f"round {number}: no pair to learn from; lower min_gap, or sample more paths")
+        gc.collect()  # the models that sampled and judged
+        begin = model if config.start == "last" else config.model
+        found = _train(config, number, begin, folder, counts["pairs"])
+        if found is None:
+            return None
+        model = str(found)
+    log.say(f"Policy: {model}")
+    return Path(model)
+
+
+def _open(config: DpoConfig) -> None:
+    """Make the folder, or find that the run in it is the same."""
+    file = config.out / "config.yaml"
+    try:
+        if file.is_file():
+            before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            now = config.model_dump(mode="json")
+            for name, value in now.items():
+                if name not in FREE and before.get(name) != value:
+                    raise UserError(
+                        f"out {config.out}: its run has {name}={before.get(name)!r}, this one {value!r}; "
+                        "name another folder, or go on with the same settings"
+                    )
+        elif config.out.is_dir() and any(config.out.iterdir()):
+            raise UserError(f"out {config.out}: holds something that is no run; name another folder")
+        config.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"# raise-core dpo\n{as_yaml(config)}", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"out {config.out}: cannot be written ({error.strerror}); name another folder"
+        ) from None
+
+
+def training_of(config: DpoConfig, model: str, folder: Path, pairs: int) -> TrainConfig:
+    """The training run of a round: the rows that have a pair, each with the settings of its data file."""
+    files = [
+        file.model_copy(
+            update={"path": folder / f"pairs-{i}.jsonl", "root": (file.root or file.path.parent).resolve()}
+        )
+        for i, file in enumerate(config.data)
+        if (folder / f"pairs-{i}.jsonl").is_file()
+    ]
+    return config.training(
+        model=model, out=str(folder / "train"), prompts=config.pairs,
+        data=[file.model_dump(mode="json") for file in files],
+        steps=-(-pairs * config.epochs // config.pairs),
+    )  # fmt: skip
+
+
+def _train(config: DpoConfig, number: int, model: str, folder: Path, pairs: int) -> Path | None:
+    """The policy after a round's preference steps; None when a signal stopped them."""
+    training = training_of(config, model, folder, pairs)
+    kept = Checkpoints(training.out / "checkpoints")
+    if (latest := kept.latest()) is not None and about(latest)["step"] >= training.steps:
+        return latest / "model"
+    with opened(training, "dpo", with_reference=True) as (run, reference):
+        policy, phases = run.policy, Phases()
+        scorer = rc.Scorer(policy.model, max_tokens=config.micro_tokens)
+        confidant = rc.Scorer(reference.model, max_tokens=config.micro_tokens)
+        found = PairFile(run.feed.source.files)
+        policy.model.train()
+        with run.log.stage(f"dpo, round {number}", training.steps, done=run.state.step) as stage:
+            for step in run.steps(stage, 1):
+                with phases("decode"):
+                    _, prompts = run.feed.take(step)
+                some = [found(p.row.problem_id, p.inputs) for p in prompts]
+                with phases("update"):
+                    figures = dpo_step(
+                        scorer, confidant, reference, run.optimizer, some, beta=config.beta,
+                        nll_weight=config.nll_weight, micro_tokens=config.micro_tokens, guard=run.guard,
+                        step=step,
+                    )  # fmt: skip
+                tokens = sum(len(ids) for pair in some for ids in pair.completions)
+                report_step(run, stage, phases, step, figures, 1, tokens)
+        if run.state.step < training.steps:
+            return None
+    latest = kept.latest()
+    assert latest is not None
+    return latest / "model"
+
+
+class PairFile:
+    """The pairs of a round by the ids of their rows; token ids are read when they are wanted."""
+
+    def __init__(self, files: Sequence[RowFile]) -> None:
+        self._where = {
+            file.raw(within)["problem_id"]: partial(file.raw, within)
+            for file in files
+            for within in range(len(file))
+        }
+
+    def __call__(self, problem_id: int | str, inputs: dict[str, Any]) -> Pair:
+        """The pair of a row, with the prompt's inputs."""
+        row = self._where[problem_id]()
+        return Pair(inputs, list(row["chosen"]), list(row["rejected"]))

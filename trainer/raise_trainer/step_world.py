@@ -1,0 +1,124 @@
+"""The demo world in steps: a moving shape is described by its colour, shape and direction, a step each.
+
+Every step states one word, so whether it is good is known exactly, and an answer is right when all three are.
+The warm start's chains are wrong on purpose, in two ways fixed beforehand: each word is another one at random
+in a few of the steps, and where the shape is a ring its colour is mostly mistaken for one certain other
+colour. The first kind of mistake loses a vote among samples, the second one wins it.
+"""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import raise_core as rc
+from raise_core.tags import ANSWER_CLOSE, ANSWER_OPEN
+
+from . import world
+from .clips import write_mp4
+
+TASK = "describe"
+PARTS = (
+    ("What colour", "the colour is {}", tuple(world.COLOURS)),
+    ("Which shape", "the shape is a {}", world.SHAPES),
+    ("Which way", "it moves {}", tuple(world.DIRECTIONS)),
+)
+REFLECTION = "the video shows"  # every token of a chain's form is learned, so the form is short
+SLIP = 0.12  # share of the warm start's words that are another one at random
+MISTAKEN = {"red": "yellow", "yellow": "red", "green": "blue", "blue": "green"}
+MISTAKE = 0.6  # share of the warm start's ring videos whose colour is mistaken
+CORRUPT = 0.3  # share of wrong words in the chains that a PRM learns from
+CHAINS = 4  # of each video for the PRM
+
+Words = tuple[str, ...]
+
+
+def slipped(rng: random.Random, words: Sequence[str], share: float) -> Words:
+    """The words, each another one of its kind in `share` of the cases."""
+    return tuple(
+        rng.choice([v for v in values if v != word]) if rng.random() < share else word
+        for word, (_, _, values) in zip(words, PARTS, strict=True)
+    )
+
+
+def mistaken(rng: random.Random, words: Sequence[str]) -> Words:
+    """What a warm start's chain says of a video that shows `words`."""
+    colour, shape, direction = words
+    if shape == "ring" and rng.random() < MISTAKE:
+        colour = MISTAKEN[colour]
+    return slipped(rng, (colour, shape, direction), SLIP)
+
+
+def steps_of(words: Sequence[str]) -> list[rc.Step]:
+    """The chain that states the words."""
+    return [
+        rc.Step(name, thought.format(word), REFLECTION)
+        for word, (name, thought, _) in zip(words, PARTS, strict=True)
+    ]
+
+
+def answer_of(words: Sequence[str]) -> str:
+    """The description that follows from the words."""
+    return world.PHRASINGS[0].format(*words)
+
+
+def labels(words: Sequence[str], said: Sequence[str], answered: Sequence[str]) -> list[float]:
+    """1 for each step that says what the video shows, else 0; then 1 for an answer right in all words."""
+    steps = [float(a == b) for a, b in zip(words, said, strict=True)]
+    return [*steps, float(tuple(words) == tuple(answered))]
+
+
+def write_step_dataset(
+    root: Path, *, train_videos: int, test_videos: int, seed: int, advance: Callable[[int], None]
+) -> None:
+    """Write clips, sft.json (chains, some wrong), prm.json (labelled chains), train.json and test.json."""
+    (root / "clips").mkdir(parents=True)
+    rng = random.Random(seed)
+    rows: dict[str, list[dict[str, Any]]] = {"sft": [], "prm": [], "train": [], "test": []}
+    for video in range(train_videos + test_videos):
+        split = "train" if video < train_videos else "test"
+        scene = world.draw_scene(rng, "move")
+        path = f"./clips/{split}-{video:05d}.mp4"
+        write_mp4(root / path, world.render(scene), world.FPS)
+        truth = world.claim(scene, TASK)
+        row = _question(rng, truth, path, video)
+        rows[split].append(row)
+        if split == "train":
+            rows["sft"].append(row | supervised(mistaken(rng, truth)))
+            rows["prm"] += [row | _labelled(rng, truth) for _ in range(CHAINS)]
+        advance(1)
+    for i, row in enumerate(rows["prm"]):
+        row["problem_id"] = i
+    for name, some in rows.items():
+        (root / f"{name}.json").write_text(json.dumps(some, indent=0), encoding="utf-8")
+
+
+def _question(rng: random.Random, truth: Words, path: str, number: int) -> dict[str, Any]:
+    return {
+        "problem_id": number,
+        "problem": world.QUESTION[TASK],
+        "data_type": "video",
+        "problem_type": world.PROBLEM_TYPE[TASK],
+        "solution": f"{ANSWER_OPEN}{answer_of(truth)}{ANSWER_CLOSE}",
+        "references": world.references(rng, truth),
+        "path": path,
+        "data_source": f"demo/{TASK}",
+    }
+
+
+def supervised(words: Words) -> dict[str, str]:
+    """`process` and `solution` of a chain that states the words and answers with them."""
+    text = rc.format_chain(steps_of(words), answer_of(words), open=ANSWER_OPEN, close=ANSWER_CLOSE)
+    at = text.index(ANSWER_OPEN)
+    return {"process": text[:at], "solution": text[at:]}
+
+
+def _labelled(rng: random.Random, truth: Words) -> dict[str, Any]:
+    """A chain with wrong words, and an answer that mostly follows from it, with labels that are exact."""
+    said = slipped(rng, truth, CORRUPT)
+    if truth[1] == "ring" and rng.random() < CORRUPT:
+        said = (MISTAKEN[truth[0]], *said[1:])
+    answered = slipped(rng, said, SLIP)
+    steps = [{"name": s.name, "thought": s.thought, "reflection": s.reflection} for s in steps_of(said)]
+    return {"steps": steps, "answer": answer_of(answered), "labels": labels(truth, said, answered)}
