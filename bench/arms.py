@@ -18,15 +18,13 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.record import RESULTS, provenance
 from raise_trainer.config import DemoConfig
@@ -34,6 +32,7 @@ from raise_trainer.demo import Prepared, held_out, prepare, start, warm_start
 from raise_trainer.json_lines import read_json_lines
 from raise_trainer.logbook import Logbook
 from raise_trainer.loop import run_grpo, run_sft
+from raise_trainer.study.compute import operations
 
 SHOWN = (
     "accuracy",
@@ -53,14 +52,6 @@ COLOURS = {
 }
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "arms.svg"
 COUNTED_STEPS = 3  # steps whose operations are counted
-
-
-def operations(work: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products in `work`, attention included."""
-    # only the plain implementation of attention is made of operations that the counter knows on a CPU
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work()
-    return int(counter.get_total_flops())
 
 
 def equal_sft_steps(model: Any, data: Prepared, config: DemoConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -24,9 +25,9 @@ from raise_trainer.method import Method
 from raise_trainer.study import arms, one, run
 from raise_trainer.study.arms import ARMS, EXPLORATORY, MAIN
 from raise_trainer.study.command import run_command
-from raise_trainer.study.compute import equal_steps
+from raise_trainer.study.compute import CountedPhases, equal_steps, operations
 from raise_trainer.study.learning import reference_of
-from raise_trainer.study.page import HEADINGS, write_page
+from raise_trainer.study.page import HEADINGS, PART, write_page
 from raise_trainer.study.records import Results, rounded
 from raise_trainer.study.run import Plan, run_study
 from raise_trainer.study.sizes import FULL, SMOKE
@@ -103,6 +104,18 @@ def test_other_sizes_are_refused_in_the_same_folders(done: Path, tmp_path: Path)
         run_study(plan(done, "sft", sizes=other, results=tmp_path / "r"))
 
 
+def running(where: Path) -> list[str]:
+    """Processes that work in this folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"multiprocessing" in (process / "cmdline").read_bytes() and str(where) in os.readlink(
+                process / "cwd"
+            ):
+                found.append(process.name)
+    return found
+
+
 def test_killed_it_goes_on(done: Path, tmp_path: Path) -> None:
     """SIGKILL after the first result: the workers end, and the next call does the rest and no more."""
     folders = ["--results", str(tmp_path / "r"), "--work", str(done / "work")]
@@ -114,21 +127,24 @@ def test_killed_it_goes_on(done: Path, tmp_path: Path) -> None:
     )
     call = [sys.executable, "-c", code, "--smoke", "--seeds", "1", "--arms", "warm-start,sft,rlpr", *folders]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    begun = subprocess.Popen([*call, "--processes", "2"], env=env, stdout=subprocess.DEVNULL)
+    begun = subprocess.Popen([*call, "--processes", "2"], env=env, cwd=tmp_path, stdout=subprocess.DEVNULL)
     results = Results(tmp_path / "r")
     until = time.monotonic() + 300
     while not results.records() and begun.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     begun.send_signal(signal.SIGKILL)
     assert begun.wait() == -signal.SIGKILL
+    while running(tmp_path) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not running(tmp_path)  # its workers end with it
     first = {
         (r["arm"], r["seed"]): results.path(r["arm"], r["seed"]).stat().st_mtime_ns for r in results.records()
     }
     assert 1 <= len(first) < 3
-    said = subprocess.run(
-        [*call, "--processes", "1"], env=env, capture_output=True, text=True, check=True
-    ).stdout
-    assert said.startswith(f"{3 - len(first)} of 3 runs to do, 1 process(es)\n")
+    said, threads = list[str](), torch.get_num_threads()
+    run_study(plan(done, "warm-start", "sft", "rlpr", results=tmp_path / "r"), said.append)
+    torch.set_num_threads(threads)
+    assert said[0] == f"{3 - len(first)} of 3 runs to do, 1 process(es)"
     assert {(r["arm"], r["seed"]) for r in results.records()} == {("warm-start", 0), ("sft", 0), ("rlpr", 0)}
     assert all(results.path(*key).stat().st_mtime_ns == when for key, when in first.items())
     for record in results.records():  # as in the run that nobody killed
@@ -164,12 +180,33 @@ def test_the_page_is_filled_in_and_its_prose_left_alone(done: Path, tmp_path: Pa
         assert (tmp_path / "bad.md").read_text() == text
 
 
+def test_the_project_s_page_has_every_part_once() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs/study.md"
+    named = [name for _, name, _ in PART.findall(page.read_text(encoding="utf-8"))]
+    assert sorted(named) == sorted(HEADINGS)
+
+
 def test_steps_cost_the_base_s_budget() -> None:
     per_step = {"scre-igsr": {"rollout": 6.0, "score": 1.0, "update": 3.0}, "sft": {"update": 4.0}}
     per_step |= {"rlpr": {"rollout": 6.0, "score": 3.0, "update": 3.0}, "warm-start": {}}
     want = {"scre-igsr": 60, "sft": 150, "rlpr": 50, "warm-start": 0}
     assert {name: equal_steps(per_step, ARMS[name], 60) for name in want} == want
     assert equal_steps({**per_step, "sft": {"update": 1e6}}, ARMS["sft"], 60) == 1
+
+
+def test_attention_is_counted() -> None:
+    q = torch.ones(1, 2, 4, 8)
+    products = 2 * (2 * 2 * 4 * 4 * 8)  # two heads, two products of [4, 8] x [8, 4] and [4, 4] x [4, 8]
+    assert operations(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == products
+
+
+def test_operations_of_a_matrix_product_are_counted_by_phase() -> None:
+    a, b, phases = torch.ones(3, 5), torch.ones(5, 7), CountedPhases()
+    assert operations(lambda: a @ b) == 2 * 3 * 5 * 7
+    for name, times in (("score", 1), ("update", 3), ("score", 1)):
+        with phases(name):
+            [a @ b for _ in range(times)]
+    assert phases.operations == {"score": 2 * 210, "update": 3 * 210}
 
 
 def test_who_needs_the_pass_under_the_reference() -> None:
