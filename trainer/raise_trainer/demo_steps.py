@@ -68,29 +68,27 @@ def run_demo_steps(config: StepsConfig) -> Path:
     except UserError:
         shutil.rmtree(config.out)
         raise
-    policy, prm = _taken_over(data.model, config) if config.start else _learned(data, config, log)
+    policy, prm = _learned(data, config, log)
     tokenizer = data.processor.tokenizer
     prm.eval().requires_grad_(False)
     judge = ChainJudge(prm, tokenizer)
     log.write("prm", config.prm_steps, **_prm_figures(judge, data, policy, config))
     records = _search(policy, judge, data, config, log)
     rows = [_stage_figures("warm start", records)]
+    log.write("evaluate", 0, **rows[0])
     start = {k: v.clone() for k, v in policy.state_dict().items()}
     for number in range(1, config.rounds + 1):
         pairs = _pairs(policy, judge, data, config, log, number)
         policy.load_state_dict(start)
         if pairs:
             _train_dpo(policy, pairs, config, log, number)
-        found = _records(
-            policy, judge, data, config, (1, 8) if not config.smoke else (1,), log, f"round {number}"
-        )
+        found = _records(policy, judge, data, config, (config.samples,), log, f"round {number}", beams=False)
         rows.append(_stage_figures(f"DPO round {number}", found))
+        log.write("evaluate", number, **rows[-1])
     save_model(policy, data.processor, config.out / "dpo")
-    for row in rows:
-        log.write("evaluate", 0, **row)
     names = [name for name in rows[0] if name != "model"]
     log.table(
-        f"{len(data.test)} unseen videos, sampled once per draw", ["", *names],
+        f"{len(data.test)} unseen videos: {max(config.n)} samples each, then {config.samples}", ["", *names],
         [[row["model"], *(f"{row[name]:.3f}" for name in names)] for row in rows],
     )  # fmt: skip
     log.time("run", seconds=log.seconds)
@@ -99,27 +97,28 @@ def run_demo_steps(config: StepsConfig) -> Path:
 
 
 def _learned(data: World, config: StepsConfig, log: Logbook) -> tuple[Any, Any]:
-    """The warm-started policy and the PRM that began as it; both are saved."""
-    policy = data.model
+    """The warm-started policy, and the PRM that begins as it; both are saved. Those of `start` go on."""
+    start = config.start
+    policy = data.model if start is None else _loaded(start / "sft", data.model)
     words = DemoConfig(seed=config.seed, warm_batch=config.look_batch, warm_lr=config.lr)
     run_sft(policy, data.looked, words, log, name="look", steps=config.look_steps)
     words = replace(words, warm_batch=config.batch, warm_lr=config.lr / 2)
     run_sft(policy, data.supervised, words, log, name="warm start", steps=config.warm_steps)
     save_model(policy, data.processor, config.out / "sft")
-    prm = copy.deepcopy(policy)
+    has_prm = start is not None and (start / "prm").is_dir()
+    prm = _loaded(start / "prm", policy) if start is not None and has_prm else copy.deepcopy(policy)
     _train_prm(prm, data, config, log)
     save_model(prm, data.processor, config.out / "prm")
     return policy, prm
 
 
-def _taken_over(model: Any, config: StepsConfig) -> tuple[Any, Any]:
-    """Those of an earlier run."""
-    assert config.start is not None
+def _loaded(folder: Path, like: Any) -> Any:
     try:
-        policy, prm = (type(model).from_pretrained(config.start / name) for name in ("sft", "prm"))
+        return type(like).from_pretrained(folder).to(like.device)
     except OSError:
-        raise UserError(f"--start {config.start}: holds no sft and prm; name the folder of a run") from None
-    return policy.to(config.device), prm.to(config.device)
+        raise UserError(
+            f"--start {folder.parent}: holds no {folder.name}; name the folder of a run"
+        ) from None
 
 
 def _prepare(config: StepsConfig, log: Logbook) -> World:
@@ -197,6 +196,8 @@ def _records(
     n: tuple[int, ...],
     log: Logbook,
     name: str,
+    *,
+    beams: bool = True,
 ) -> list[dict[str, Any]]:
     policy.eval()
     how, records = _generation(policy, data, config), list[dict[str, Any]]()
@@ -204,7 +205,9 @@ def _records(
         for first in range(0, len(data.test), TOGETHER):
             some = data.test[first : first + TOGETHER]
             numbers = range(first, first + len(some))
-            records += search_questions(how, judge, some, numbers, n, keep=config.keep, value=_right)
+            records += search_questions(
+                how, judge, some, numbers, n, keep=config.keep, beams=beams, value=_right
+            )
             stage.advance(len(some))
     return records
 

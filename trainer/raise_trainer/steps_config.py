@@ -12,7 +12,7 @@ class StepsConfig:
     out: Path = Path("runs/demo-steps")
     """folder of the run; must not exist yet, or be empty"""
     start: Path | None = None
-    """folder of an earlier run with the same data, whose policy and PRM are taken over"""
+    """folder of an earlier run with this seed: its policy, and PRM if it has one, go on for the steps below"""
     seed: int = 0
     """of the data, the weights and the sampling"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -41,6 +41,8 @@ class StepsConfig:
     """numbers of samples that search is measured at"""
     keep: int = 1
     """beams that step beam search keeps"""
+    samples: int = 8
+    """samples of each test question after a round of preference optimisation"""
     rounds: int = 3
     """rounds of preference optimisation"""
     paths: int = 16
@@ -66,5 +68,5 @@ class StepsConfig:
 SMOKE: dict[str, Any] = {
     "train_videos": 12, "test_videos": 3, "look_steps": 3, "look_batch": 4, "warm_steps": 60,
     "prm_steps": 3, "batch": 4, "n": (1, 2),
-    "rounds": 1, "paths": 4, "questions": 4, "dpo_batch": 2, "epochs": 1, "min_gap": 0.0,
+    "rounds": 1, "paths": 4, "questions": 4, "dpo_batch": 2, "samples": 2, "epochs": 1, "min_gap": 0.0,
 }  # fmt: skip

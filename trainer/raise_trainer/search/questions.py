@@ -29,11 +29,13 @@ def search_questions(
     counts: Sequence[int],
     *,
     keep: int = 1,
+    beams: bool = True,
     value: Value = text_score,
 ) -> list[dict[str, Any]]:
     """A record for each prompt: max(counts) samples, and a beam search for each of counts (`search.votes`).
 
-    numbers: of the questions; their draws depend on seed and number alone. value: how right a completion is.
+    numbers: of the questions; their draws depend on seed and number alone. beams: search by steps too.
+    value: how right a completion is.
     """
     most = max(counts)
     places = [(number, -1) for number in numbers]
@@ -52,7 +54,7 @@ def search_questions(
         }
         for prompt, group, scores in zip(prompts, rollout.groups, judged, strict=True)
     ]
-    for n in counts:
+    for n in counts if beams else ():
         found = beam_search(how, judge, prompts, numbers, n, keep=min(keep, n))
         for record, prompt, (beam, tokens) in zip(records, prompts, found, strict=True):
             assert beam.judged is not None
