@@ -86,7 +86,7 @@ def draw_scene(rng: random.Random, kind: str) -> Scene:
     rng.shuffle(cells)
     if kind == "order":
         colours = rng.sample(tuple(COLOURS), 2)
-        appears = (0, int(float(rng.choice(WHEN)) * FPS))
+        appears: tuple[int, ...] = (0, int(float(rng.choice(WHEN)) * FPS))
     else:
         n = rng.randint(1, 4)
         colours = [rng.choice(tuple(COLOURS)) for _ in range(n)]
