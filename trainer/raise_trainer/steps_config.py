@@ -12,7 +12,7 @@ class StepsConfig:
     out: Path = Path("runs/demo-steps")
     """folder of the run; must not exist yet, or be empty"""
     start: Path | None = None
-    """folder of an earlier run with this seed: its policy, and PRM if it has one, go on for the steps below"""
+    """folder of an earlier run with this seed: its policy, and its PRM if there is one, are trained on"""
     seed: int = 0
     """of the data, the weights and the sampling"""
     device: Literal["cpu", "cuda"] = "cpu"
