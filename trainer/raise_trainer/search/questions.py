@@ -45,7 +45,7 @@ def search_questions(
         draws=draws(how.seed, places, most, how.max_new_tokens) if how.temperature else None,
     )  # fmt: skip
     judged = judge([p.inputs for p in prompts], rollout.groups)
-    records = [
+    records: list[dict[str, Any]] = [
         {
             "samples": [
                 described(how, prompt, ids, one, value) for ids, one in zip(group, scores, strict=True)
