@@ -52,15 +52,17 @@ def splice_gold(
     *,
     open: str = ANSWER_OPEN,
     close: str = ANSWER_CLOSE,
+    closed: bool = False,
 ) -> list[Splice]:
     """The answer gold[b] in place of completion b's own, B of them.
 
-    completion_ids: B lists of sampled ids without the prompt; one of no ids gives the answer right after
-    the prompt (RLPR's baseline). gold: B texts, stripped here. tokenizer: a Hugging Face tokenizer. The
-    place is inside the last complete pair of tags, else behind the last open tag. A token at the border
-    that also wrote a part of a tag (">B") belongs to the answer, as in `find_answer_spans`; where the
-    sampled one did, the kept tokens end before it. Tokens without text (end of sequence) at the end are
-    dropped. Raises ValueError for a gold answer that is empty or holds a tag, naming its index.
+    completion_ids: B lists of sampled ids without the prompt; one of no ids gives the answer right after the
+    prompt (RLPR's baseline). gold: B texts, stripped here. tokenizer: a Hugging Face tokenizer. closed: the
+    answer's tokens go on through the close tag, without which "4" is a part of "42". The place is inside the
+    last complete pair of tags, else behind the last open tag. A token at the border that also wrote a part of
+    a tag (">B") belongs to the answer, as in `find_answer_spans`; where the sampled one did, the kept tokens
+    end before it. Tokens without text (end of sequence) at the end are dropped. Raises ValueError for a gold
+    answer that is empty or holds a tag, naming its index.
     """
     check_tags(open, close)
     if len(gold) != len(completion_ids):
@@ -72,11 +74,11 @@ def splice_gold(
         answer = text.strip() if isinstance(text, str) else ""
         if not answer or open in answer or close in answer:
             raise ValueError(f"gold[{b}]: got {text!r}, wanted the answer's text without tags; drop the row")
-        spliced.append(_splice([int(i) for i in ids], answer, tokenizer, open, close))
+        spliced.append(_splice([int(i) for i in ids], answer, tokenizer, open, close, closed))
     return spliced
 
 
-def _splice(ids: list[int], answer: str, tokenizer: Any, open: str, close: str) -> Splice:
+def _splice(ids: list[int], answer: str, tokenizer: Any, open: str, close: str, closed: bool) -> Splice:
     layout = lay_out(ids, tokenizer, keep=(open, close))
     place, reason = _place(layout.text, open, close)
     at = len(layout.text[:place].encode("utf-8", "surrogateescape"))
@@ -86,13 +88,13 @@ def _splice(ids: list[int], answer: str, tokenizer: Any, open: str, close: str) 
     covered = layout.ends[kept - 1] if kept else 0
     rest = layout.text.encode("utf-8", "surrogateescape")[covered:at].decode("utf-8", "replace")
     written = rest + open if reason else rest
-    glue, own = _answer_ids(written or open, answer, tokenizer, open, close)
+    glue, own = _answer_ids(written or open, answer, tokenizer, open, close, closed)
     if written:
         return Splice(ids[:kept] + glue, own, reason)
     if lay_out(glue, tokenizer, keep=(open, close)).text.endswith(open):
         return Splice(ids[:kept], own)
     # A token would hold the end of the tag and the answer's beginning, but the tag was sampled by itself.
-    return Splice(ids[:kept], _answer_ids("", answer, tokenizer, open, close)[1])
+    return Splice(ids[:kept], _answer_ids("", answer, tokenizer, open, close, closed)[1])
 
 
 def _place(text: str, open: str, close: str) -> tuple[int, Reason | None]:
@@ -107,15 +109,15 @@ def _place(text: str, open: str, close: str) -> tuple[int, Reason | None]:
 
 
 def _answer_ids(
-    before: str, answer: str, tokenizer: Any, open: str, close: str
+    before: str, answer: str, tokenizer: Any, open: str, close: str, closed: bool
 ) -> tuple[list[int], list[int]]:
-    """Tokens of `before + answer + close` that precede the answer, and those that overlap it."""
+    """Tokens of `before + answer + close` before the answer, and those that overlap it (or it and close)."""
     ids, layout, first = _tokens(before + answer + close, tokenizer, (open, close))
     # Some tokenizers normalise the text, so that the answer is found again by what surrounds it.
     start = max(layout.text.find(before), 0) + len(before)
     start, stop = strip_bounds(layout.text, start, layout.text.rfind(close))
     answer_first, answer_stop = layout.tokens(start, stop)
-    return ids[first:answer_first], ids[answer_first:answer_stop]
+    return ids[first:answer_first], ids[answer_first : None if closed else answer_stop]
 
 
 def _tokens(text: str, tokenizer: Any, tags: tuple[str, str]) -> tuple[list[int], Layout, int]:
@@ -184,15 +186,19 @@ def option_confidence(
 ) -> list[Tensor]:
     """Probability of each option after each completion's reasoning, normalised over the options.
 
-        p_k = exp(s_k) / sum_j exp(s_j)          s_k: sum (or mean) of the option's log-probabilities [nats]
+        p_k = exp(s_k) / sum_j exp(s_j)          s_k: sum (or mean) of the log-probabilities of the
+                                                 option and the close tag [nats]
 
     options: for each prompt the texts of its K options, two or more, as the model writes them inside the
-    tags. completions: for each prompt G lists of ids. Returns [G, K] fp32 for each prompt, on the CPU; a
-    row in which all options are impossible is 0, one with a NaN is NaN. reduce: "sum", or "mean" for
-    options of unlike lengths.
+    tags. Without the close tag an option that another one begins with would always be the likelier.
+    completions: for each prompt G lists of ids. Returns [G, K] fp32 for each prompt, on the CPU; a row in
+    which all options are impossible is 0, one with a NaN is NaN. reduce: "sum", or "mean" for options of
+    unlike lengths. Raises ValueError for fewer than two options, naming the prompt.
     """
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce: got {reduce!r}, wanted 'sum' or 'mean'")
+    if len(options) != len(completions):
+        raise ValueError(f"options: got {len(options)}, wanted those of each of {len(completions)} prompts")
     groups = list[list[Splice]]()
     for p, (texts, group) in enumerate(zip(options, completions, strict=True)):
         if len(texts) < 2:
@@ -203,7 +209,9 @@ def option_confidence(
             [
                 s
                 for ids in group
-                for s in splice_gold([ids] * len(texts), texts, tokenizer, open=open, close=close)
+                for s in splice_gold(
+                    [ids] * len(texts), texts, tokenizer, open=open, close=close, closed=True
+                )
             ]
         )
     stats = spliced_stats(scorer, prompts, groups, features=features)

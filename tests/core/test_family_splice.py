@@ -20,7 +20,6 @@ from raise_core.pieces import lay_out
 from tests.budget import (
     assert_at_most,
     assert_equal_but_for_roundings,
-    assert_exact,
     assert_within_error_budget,
     close_to,
     sum_slack,
@@ -144,6 +143,13 @@ def test_a_token_that_holds_the_end_of_the_tag_and_the_answer() -> None:
     assert (apart.before, apart.answer) == ([0, 1], [4])  # a sampled border is kept as it is
 
 
+def test_a_closed_answer_goes_on_through_the_tag() -> None:
+    tokenizer = Spelled("<answer", ">", ">A", "A", "A<", "</answer>", "/answer>")
+    (open_end,) = splice_gold([[0, 1]], ["A"], tokenizer)
+    (closed,) = splice_gold([[0, 1]], ["A"], tokenizer, closed=True)
+    assert (closed.before, closed.answer) == ([0, 1], [4, 6]) and open_end.answer == [4]
+
+
 def test_wrong_gold_is_refused_by_its_index() -> None:
     tokenizer = fast(byte_level())
     for gold in ("", "  ", "<answer>B", None):
@@ -189,24 +195,29 @@ def test_spliced_statistics_are_those_of_separate_passes(model: Any) -> None:
 def test_confidence_over_the_options(model: Any) -> None:
     tokenizer, prompts = fast(byte_level()), [text_prompt(11), text_prompt(6, 2)]
     ids = [[tokenizer(t, add_special_tokens=False)["input_ids"] for t in TEXTS]] * 2
-    options = [["A", "B", "blue ball"], ["A", "B"]]
+    options = [["A", "B", "A, so you see"], ["A", "B"]]
     found = rc.option_confidence(rc.Scorer(model), prompts, ids, options, tokenizer)
     assert [tuple(x.shape) for x in found] == [(3, 3), (3, 2)]
     for x in found:
         assert x.dtype == torch.float32
         assert_at_most((x.sum(1) - 1).abs(), sum_slack(x.shape[1]), name="sum")
-    (one,) = rc.splice_gold([ids[0][0]], ["A"], tokenizer)
-    (two,) = rc.splice_gold([ids[0][0]], ["B"], tokenizer)
-    s = torch.stack([alone(model, prompts[1], x.before, x.answer).sum() for x in (one, two)])
-    want = s.softmax(0)
-    assert_within_error_budget(found[1][0], want, close_to(want), name="shares")
-    mean = rc.option_confidence(rc.Scorer(model), prompts[1:], ids[1:], options[1:], tokenizer, reduce="mean")
-    assert_exact(mean[0], found[1], name="one token each")
+    closed = rc.splice_gold([ids[0][0]] * 3, options[0], tokenizer, closed=True)
+    assert all(decoded(tokenizer, x.answer).endswith("</answer>") for x in closed)
+    each = [alone(model, prompts[0], x.before, x.answer) for x in closed]
+    assert len({len(x) for x in each}) == 3
+    mean = rc.option_confidence(rc.Scorer(model), prompts[:1], ids[:1], options[:1], tokenizer, reduce="mean")
+    for got, values in (
+        (found[0][0], [x.sum() for x in each]), (mean[0][0], [x.mean() for x in each])
+    ):  # fmt: skip
+        want = torch.stack(values).softmax(0)
+        assert_within_error_budget(got, want, close_to(want, 8), name="shares")
 
 
 def test_one_option_and_no_option_are_refused(model: Any) -> None:
     with pytest.raises(ValueError, match=r"options\[0\]: got 1, wanted two or more"):
         rc.option_confidence(rc.Scorer(model), [text_prompt(4)], [[[1]]], [["A"]], fast(byte_level()))
+    with pytest.raises(ValueError, match="options: got 1, wanted those of each of 2 prompts"):
+        rc.option_confidence(rc.Scorer(model), [], [[[1]]] * 2, [["A", "B"]], fast(byte_level()))
     with pytest.raises(ValueError, match="reduce: got 'max'"):
         rc.option_confidence(rc.Scorer(model), [], [], [], fast(byte_level()), reduce="max")
 
