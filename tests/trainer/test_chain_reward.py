@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from raise_trainer.grpo import Grpo
 from raise_trainer.method import Method
 from raise_trainer.passes import Group
 from raise_trainer.prompts import Prompt, PromptBuilder
+from raise_trainer.rescore import score_file
 from raise_trainer.rollout import Rollout, draws
 from raise_trainer.rows import parse_row
 from raise_trainer.scoring import score
+from raise_trainer.train import run_train
 from raise_trainer.train_config import as_yaml, check
 from raise_trainer.train_fields import ChainOfStep
 from raise_trainer.update import policy_step
 from tests.budget import assert_exact, assert_within_error_budget, close_to
+from tests.trainer import chain_world
 
 RIGHT = rc.format_chain(
     [rc.Step("a", "red", "it"), rc.Step("b", "up", "it")], "B", open="<answer>", close="</answer>"
@@ -155,3 +159,21 @@ def test_a_grpo_step(world: Any) -> None:
     assert made.scored is not None and made.scored.step_advantage is not None
     named = {"step_score_mean", "answer_score_mean", "steps_mean", "prm_too_long_share"}
     assert named <= set(made.figures) and grpo.phases.seconds["judge"] > 0
+
+
+def test_a_run_and_its_completions_scored_again(tmp_path: Path) -> None:
+    chain_world.make(tmp_path, questions=2, steps=1)
+    config = check(
+        {
+            "model": str(tmp_path / "model"), "data": str(tmp_path / "data.json"), "out": tmp_path / "run",
+            "reward": {"chain-of-step": {"prm": str(tmp_path / "prm"), "per_step": 0.5}}, "steps": 1,
+            "prompts": 2, "group_size": 2, "max_new_tokens": 8, "dtype": "float32", "template": "plain",
+            "workers": 0, "gradient_checkpointing": False, "mask_truncated": False, "lr": 1e-3,
+        }
+    )  # fmt: skip
+    run_train(config)
+    (line,) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert line["steps_mean"] == 0.0 and line["prm_too_long_share"] == 0.0
+    again = score_file(tmp_path / "run/completions.jsonl", config, out=tmp_path / "again.jsonl")
+    scored = [json.loads(text) for text in again.read_text().splitlines()]
+    assert scored and all(one["reward"] == one["old_reward"] == 0.0 for one in scored)
