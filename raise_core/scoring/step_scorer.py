@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from typing import Any
 
 import torch
@@ -161,7 +163,8 @@ def gold_logp_after_steps(
     their differences are what each step did for the answer, a stand-in where no PRM exists (PACR, arXiv
     2605.13467).
     gold: the reference answer of each prompt. lead, close: written before and behind it; close is scored with
-        it, since without it "4" is as good a beginning of "42". reduce: "mean" over its tokens, or "sum".
+        it, since without it "4" is as good a beginning of "42". All three are tokenised together. reduce:
+        "mean" over its tokens, or "sum".
     The model whose likelihood this is may be the policy or a reference. All prefixes and answers of a prompt
     are branches of one packed pass: a chain is run once, not once for each step.
     """
@@ -182,15 +185,17 @@ def gold_logp_after_steps(
     for p, group in enumerate(groups):
         if not gold[p].strip():
             raise ValueError(f"gold[{p}]: got no text, wanted the reference answer; leave the prompt out")
-        ids = [*before, *ids_of(gold[p].strip() + close)]
-        tree, counts_here = [Branch(ids, len(before), len(ids))], list[int]()
+        ids = ids_of(lead + gold[p].strip() + close)
+        # One text, as the model would write it: a token that holds the end of `lead` belongs to the answer.
+        first = sum(takewhile(bool, map(eq, before, ids)))
+        tree, counts_here = [Branch(ids, first, len(ids))], list[int]()
         for completion in group:
             ends, steps = step_ends(completion, tokenizer)
             parent = -1
             for start, stop in zip([0, *ends], ends[:steps], strict=False):
                 tree.append(Branch(completion[start:stop], 0, 0, parent))
                 parent = len(tree) - 1
-                tree.append(Branch(ids, len(before), len(ids), parent))
+                tree.append(Branch(ids, first, len(ids), parent))
             counts_here.append(steps)
         branches.append(tree)
         counts.append(counts_here)

@@ -17,7 +17,7 @@ import raise_core as rc
 from raise_core.chain import BAD, END, GOOD, STEP_CLOSE, STEP_TAG, StepTokens, TaggedChain, tag_steps
 from raise_core.scoring.step_scorer import LEAD
 from raise_trainer.chain_tokens import add_chain_tokens
-from tests.budget import HALF_ULP, assert_exact, assert_within_error_budget, no_better_than
+from tests.budget import HALF_ULP, assert_exact, assert_within_error_budget, close_to, no_better_than
 from tests.small_tokenizers import EOS, byte_level
 from tests.tiny_models import media_prompt, text_model, vision_model
 
@@ -153,6 +153,24 @@ def test_gold_after_each_step_is_that_of_a_pass_of_its_own(packing: str, reduce:
     exact = copy.deepcopy(model).double()
     want, near = (one_by_one(m, tokenizer, prompts, completions, reduce) for m in (exact, model))
     assert_within_error_budget(logp, want, no_better_than(near, want, HALF_ULP * want.abs()), name=packing)
+
+
+def test_lead_and_answer_are_tokenised_together() -> None:
+    """A token that holds the end of the lead and the answer's beginning is scored."""
+    model, tokenizer = world()
+    prompt = dict(tokenizer("which ball moves", return_tensors="pt"))
+    lead, gold, close = "so blue ", "ball", "</answer>"
+    apart = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (lead, gold + close)]
+    ids = tokenizer(lead + gold + close, add_special_tokens=False)["input_ids"]
+    assert ids != [*apart[0], *apart[1]] and ids[:-2] == apart[0][: len(ids) - 2]
+    logp, _ = rc.gold_logp_after_steps(
+        rc.Scorer(model), [prompt], [[[]]], [gold], tokenizer, lead=lead, close=close, reduce="sum"
+    )
+    row = torch.cat([prompt["input_ids"], torch.tensor([ids])], 1)
+    with torch.no_grad():
+        z = model(input_ids=row).logits[0, -3:-1].double().log_softmax(-1)
+    want = z.gather(1, torch.tensor(ids[-2:])[:, None]).sum()[None]
+    assert_within_error_budget(logp, want, close_to(want, 8), name="together")
 
 
 def one_by_one(model: Any, tokenizer: Any, prompts: Any, completions: Any, reduce: str) -> Tensor:
