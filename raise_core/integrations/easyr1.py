@@ -15,6 +15,7 @@ from typing import Any
 from raise_core.integrations.common import grade
 from raise_core.integrations.data_proto import Strict, rewrite_scores
 from raise_core.pieces import TokenizerLike
+from raise_core.tags import answer_in
 
 REWARD_NAME = "raise_core"
 REWARD_TYPE = "batch"
@@ -33,7 +34,7 @@ def compute_score(
     texts = [str(row["response"]) for row in reward_inputs]
     graded = grade(texts, [s for s, _ in truths], [k for _, k in truths])
     return [
-        {"overall": score, "accuracy": score, "answered": float("</answer>" in text)}
+        {"overall": score, "accuracy": score, "answered": float(answer_in(text)[1] is None)}
         for score, text in zip(graded.score.tolist(), texts, strict=True)
     ]
 

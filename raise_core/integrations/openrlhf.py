@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raise_core.integrations.common import check_temperature, grade, mixed, rewards_from_logps
 from raise_core.pieces import TokenizerLike
+from raise_core.tags import answer_in
 
 
 def make_reward_func(
@@ -36,7 +37,7 @@ def make_reward_func(
         pairs = enumerate(zip(queries, prompts, strict=True))
         texts = [_response(b, query, prompt, response_start) for b, (query, prompt) in pairs]
         score = grade(texts, list(labels), kind).score
-        answered = torch.tensor([float("</answer>" in text) for text in texts])
+        answered = torch.tensor([float(answer_in(text)[1] is None) for text in texts])
         return {"rewards": score, "scores": score, "extra_logs": {"text_score": score, "answered": answered}}
 
     return reward_func

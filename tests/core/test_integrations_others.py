@@ -130,8 +130,9 @@ def test_openrlhf_reward_func() -> None:
     prompt = "Which? e.g. <answer>B</answer>"
     got = asyncio.run(asyncio.to_thread(func, [prompt + " <answer>A</answer><|end|>"], [prompt], ["A"]))
     assert got["rewards"].tolist() == got["scores"].tolist() == [1.0]
-    none = func([prompt + " well"], [prompt], ["B"])
-    assert none["rewards"].tolist() == [0.0] and none["extra_logs"]["answered"].tolist() == [0.0]
+    for text in (" well", " B</answer>", " <answer></answer>"):
+        none = func([prompt + text], [prompt], ["B"])
+        assert none["rewards"].tolist() == [0.0] and none["extra_logs"]["answered"].tolist() == [0.0]
     expanded = "<image><image>" + prompt + "<|assistant|><answer>A</answer>"
     assert func([expanded], [prompt], ["A"])["rewards"].tolist() == [1.0]
     with pytest.raises(ValueError, match=r"queries\[0\]: does not begin with its prompt"):

@@ -163,6 +163,8 @@ def test_easyr1_reward_and_advantage(batch: Batch) -> None:
     graded = easyr1.compute_score(inputs)
     assert [row["overall"] for row in graded] == batch.score.tolist()
     assert graded[3] == {"overall": 0.0, "accuracy": 0.0, "answered": 0.0}
+    (stray,) = easyr1.compute_score([inputs[0] | {"response": "B</answer>"}])
+    assert stray["answered"] == 0.0
     data = batch.proto(ref_log_probs=batch.logps)
     data.batch["token_level_rewards"] = data.batch["token_level_scores"].clone()
     data.non_tensor_batch = {"uid": batch.uid, "ground_truth": truths()}
