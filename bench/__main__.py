@@ -11,6 +11,7 @@ BENCHES = {
     "report": "tables and figures of the recorded runs of ops and scoring",
     "soak": "1,200 steps with bad media, killed again and again",
     "rewards": "a reward function against one that runs the model again for each completion",
+    "search": "a finished demo in steps: its figures recorded and drawn",
     "scoring": "a group scored once against the prompt repeated for each completion",
 }
 

@@ -17,6 +17,7 @@ from raise_trainer.evaluate import judge
 from raise_trainer.prm.chains import chain_text
 from raise_trainer.rows import Row
 from raise_trainer.step_world import (
+    CHAINS,
     MISTAKEN,
     PARTS,
     SLIP,
@@ -65,7 +66,7 @@ def test_data(tmp_path: Path) -> None:
     rows: dict[str, list[dict[str, Any]]] = {
         n: json.loads((tmp_path / f"{n}.json").read_text()) for n in ("sft", "prm", "train", "test")
     }
-    assert [len(rows[n]) for n in rows] == [3, 12, 3, 2]
+    assert [len(rows[n]) for n in rows] == [3, 3 * CHAINS, 3, 2]
     assert all((tmp_path / row["path"]).is_file() for some in rows.values() for row in some)
     for row in rows["prm"]:
         truth = world.answer_claim("describe", rc.parse_chain(row["solution"]).answer, ())

@@ -164,10 +164,10 @@ def _train_prm(prm: Any, data: World, config: StepsConfig, log: Logbook) -> None
     prm.train()
     scorer = rc.StepScorer(rc.Scorer(prm), data.processor.tokenizer)
     batches = _batches(data.labelled, config.batch, random.Random(f"{config.seed} prm"))
-    optimizer = _adamw(prm, config.lr / 4)
+    optimizer = _adamw(prm, config.lr / 2)
     with log.stage("prm", config.prm_steps) as stage:
         for step in range(config.prm_steps):
-            set_lr(optimizer, config.lr / 4, step, config.prm_steps)
+            set_lr(optimizer, config.lr / 2, step, config.prm_steps)
             some = next(batches)
             figures = prm_step(scorer, optimizer, [p.inputs for p, _ in some], [x for _, x in some])
             log.write("prm", step, **figures)

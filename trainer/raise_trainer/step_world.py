@@ -28,8 +28,8 @@ REFLECTION = "the video shows"  # every token of a chain's form is learned, so t
 SLIP = 0.12  # share of the warm start's words that are another one at random
 MISTAKEN = {"red": "yellow", "yellow": "red", "green": "blue", "blue": "green"}
 MISTAKE = 0.6  # share of the warm start's ring videos whose colour is mistaken
-CORRUPT = 0.3  # share of wrong words in the chains that a PRM learns from
-CHAINS = 4  # of each video for the PRM
+CORRUPT = 0.45  # share of wrong words in the chains that a PRM learns from
+CHAINS = 3  # of each video for the PRM
 
 Words = tuple[str, ...]
 

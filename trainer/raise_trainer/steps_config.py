@@ -21,22 +21,22 @@ class StepsConfig:
     """CPU threads"""
     frames: int = 4
     """frames sampled per video"""
-    train_videos: int = 300
+    train_videos: int = 800
     """videos to train on"""
     test_videos: int = 96
     """held-out videos, a question each"""
-    look_steps: int = 360
+    look_steps: int = 400
     """supervised steps on right answers alone, in which the model learns to see"""
     look_batch: int = 32
     """examples in each of them"""
-    warm_steps: int = 140
+    warm_steps: int = 260
     """supervised steps on structured chains, some of them wrong"""
-    prm_steps: int = 320
+    prm_steps: int = 500
     """steps of the PRM, which starts from the warm-started policy"""
     batch: int = 16
     """examples in a supervised step and in one of the PRM"""
     lr: float = 2e-3
-    """learning rate of looking; half of it of the chains, a quarter of the PRM"""
+    """learning rate of looking; half of it is that of the chains and of the PRM"""
     n: tuple[int, ...] = (1, 2, 4, 8, 16)
     """numbers of samples that search is measured at"""
     keep: int = 1
@@ -47,7 +47,7 @@ class StepsConfig:
     """rounds of preference optimisation"""
     paths: int = 16
     """paths sampled for each question of a round"""
-    questions: int = 128
+    questions: int = 96
     """questions of a round"""
     min_gap: float = 0.1
     """smallest difference in reward between the two of a pair"""
