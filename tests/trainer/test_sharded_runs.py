@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import multiprocessing as mp
 
 from raise_trainer import tiny
 from raise_trainer.dataset import write_dataset
 from raise_trainer.demo import save_model
 from raise_trainer.train import run_train
-from raise_trainer.train_config import TrainConfig, as_yaml, check
+from raise_trainer.train_config import TrainConfig, as_yaml, check, load
 from tests.budget import assert_as_exact_as_fp32
 
-CHILD = (
-    "import sys; from pathlib import Path; from raise_trainer.train_config import load; "
-    "from raise_trainer.train import run_train; run_train(load(Path(sys.argv[1])))"
-)
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 SAME = ("loss", "grad_norm", "entropy", "reward_mean", "confidence_mean", "completion_tokens_mean", "epoch")
 
@@ -41,24 +37,36 @@ def config(world: Path, out: Path) -> TrainConfig:
     """Random weights answer nothing, so that the reward is the policy's certainty."""
     return check({
         "model": str(world / "model"), "data": [world / "data/train.json"], "out": out, "reward": "intuitor",
-        "dtype": "float32", "template": "plain", "steps": 4, "prompts": 3, "group_size": 3,
-        "max_new_tokens": 8, "frames": 4, "pixels": 56 * 56, "gradient_checkpointing": False,
+        "dtype": "float32", "template": "plain", "steps": 4, "prompts": 3, "group_size": 2,
+        "max_new_tokens": 5, "frames": 2, "pixels": 56 * 56, "gradient_checkpointing": False,
         "freeze_vision": False, "save_every": 2, "lr": 1e-3, "workers": 0, "reference": {"ema": 0.5},
         "mask_truncated": False,
     })  # fmt: skip
 
 
-def on_two(settings: TrainConfig, launch: dict[str, str]) -> None:
-    """The run in 2 processes, as `accelerate launch` would start them."""
-    file, program = settings.out.with_suffix(".yaml"), settings.out.with_suffix(".py")
-    file.write_text(as_yaml(settings))
-    program.write_text(CHILD)
-    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program), str(file))
-    done = subprocess.run(
-        [sys.executable, *start], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | launch,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+def work(rank: int, port: int, runs: list[tuple[str, dict[str, str]]]) -> None:
+    """Runs one after the other as one of two processes, with what a launcher sets for each."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    for file, launch in runs:
+        for name in FSDP2:
+            os.environ.pop(name, None)
+        os.environ |= launch
+        run_train(load(Path(file)))
+
+
+def on_two(runs: list[tuple[TrainConfig, dict[str, str]]]) -> None:
+    """These runs in 2 processes."""
+    given = []
+    for settings, launch in runs:
+        file = settings.out.with_suffix(".yaml")
+        file.write_text(as_yaml(settings))
+        given.append((str(file), launch))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, args=(port, given), nprocs=2)
 
 
 def half(run: Path, to: Path) -> Path:
@@ -86,11 +94,10 @@ def test_runs_on_one_and_two_processes_and_from_one_to_the_other(world: Path, tm
     one = run_train(config(world, tmp_path / "one"))
     assert max(row["grad_norm"] for row in lines(one)) > 0
     shards = config(world, tmp_path / "shards")
-    on_two(shards, FSDP2)
+    to_shards, to_two = (config(world, half(one, tmp_path / name)) for name in ("to-shards", "to-two"))
+    on_two([(shards, FSDP2), (to_shards, FSDP2), (to_two, {})])
     assert_same(shards.out, one, "FSDP2")
-    for name, launch in (("one to shards", FSDP2), ("one to two", {})):
-        settings = config(world, half(one, tmp_path / name.replace(" ", "-")))
-        on_two(settings, launch)
-        assert_same(settings.out, one, name)
+    assert_same(to_shards.out, one, "one to shards")
+    assert_same(to_two.out, one, "one to two")
     back = run_train(config(world, half(shards.out, tmp_path / "back")))
     assert_same(back, one, "shards to one")
