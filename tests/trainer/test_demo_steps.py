@@ -92,5 +92,5 @@ def test_every_stage_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert {"look", "warm start", "prm", "pairs", "evaluate"} <= stages
     evaluated = [line["model"] for line in lines if line["stage"] == "evaluate"]
     assert evaluated == ["warm start", "DPO round 1"]
-    with pytest.raises(UserError, match="holds no sft and prm"):
+    with pytest.raises(UserError, match="holds no sft"):
         cli.COMMANDS["demo-steps"](["--out", str(tmp_path / "b"), "--smoke", "--start", str(tmp_path)])

@@ -66,7 +66,7 @@ class StepsConfig:
 
 
 SMOKE: dict[str, Any] = {
-    "train_videos": 12, "test_videos": 3, "look_steps": 3, "look_batch": 4, "warm_steps": 60,
+    "train_videos": 12, "test_videos": 3, "look_steps": 3, "look_batch": 4, "warm_steps": 50,
     "prm_steps": 3, "batch": 4, "n": (1, 2),
     "rounds": 1, "paths": 4, "questions": 4, "dpo_batch": 2, "samples": 2, "epochs": 1, "min_gap": 0.0,
 }  # fmt: skip
