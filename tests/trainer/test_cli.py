@@ -32,8 +32,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, TrainConfig]]:
     """What the training module was called with, in its place."""
     calls: list[tuple[str, TrainConfig]] = []
     fake = SimpleNamespace(
-        run_train=lambda config: calls.append(("train", config)),
-        run_sft=lambda config: calls.append(("sft", config)),
+        run_train=lambda config, accept_changes: calls.append(("train" + "!" * accept_changes, config)),
+        run_sft=lambda config, accept_changes: calls.append(("sft" + "!" * accept_changes, config)),
     )
     monkeypatch.setitem(sys.modules, "raise_trainer.train", fake)
     import raise_trainer
@@ -50,6 +50,8 @@ def test_a_file_and_pairs_in_any_order_are_one_configuration(
     ((name, config),) = trained
     assert name == command
     assert (config.steps, config.lr, config.clip) == (7, 1e-5, (0.2, 0.28))
+    assert call(monkeypatch, command, settings, "--accept-changes") == 0
+    assert trained[1][0] == f"{command}!"
 
 
 def test_pairs_alone_are_enough(monkeypatch: pytest.MonkeyPatch, trained: list[Any]) -> None:
@@ -85,9 +87,11 @@ def test_the_printed_configuration_is_a_file_that_gives_it_again(
         (["train", "model=m", "out=o"], "data: got nothing; field required"),
         (["train", "model=m", "out=o", "data=a", "steps=many"], "steps: got 'many'; input should be"),
         (["train", "model=m", "out=o", "data={path: a, reward: best}"], "data: got 'best'; input should"),
+        (["train", "model=m", "out=o", "data=a", "bonus=format"],
+         "bonus: got 'format'; wanted weights by name, as in {format: 0.1"),
         (["train", "a.yaml", "b.yaml"], "'b.yaml': a second file; give one YAML file"),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["x"], "unknown command 'x'; known are demo, train, sft"),
+        (["x"], "unknown command 'x'; known are demo, "),
     ],
 )  # fmt: skip
 def test_what_can_be_mended_is_one_line(

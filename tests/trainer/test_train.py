@@ -155,13 +155,19 @@ def test_a_signal_saves_and_ends_well(world: Path, whole: Path, tmp_path: Path) 
     assert (settings.out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
-def test_changed_settings_or_data_are_refused(world: Path, tmp_path: Path) -> None:
+def test_changed_settings_or_data_are_refused_unless_accepted(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = config(world, tmp_path / "run", steps=1)
     run_train(settings)
     kept = (tmp_path / "run/config.yaml").read_text()
-    with pytest.raises(ResumeRefused, match="group_size"):
+    with pytest.raises(ResumeRefused, match=r"group_size: 3 -> 4.*--accept-changes"):
         run_train(config(world, tmp_path / "run", steps=1, group_size=4))
     assert (tmp_path / "run/config.yaml").read_text() == kept, "a refused run has changed the settings"
+    capsys.readouterr()
+    run_train(config(world, tmp_path / "run", steps=2, group_size=2), accept_changes=True)
+    assert "changed since then: group_size: 3 -> 2" in capsys.readouterr().out
+    assert len(lines(tmp_path / "run")) == 2
     other = tmp_path / "other.json"
     other.write_text(json.dumps(json.loads((world / "data/train.json").read_text())[:-1]))
     with pytest.raises(ResumeRefused, match="data"):

@@ -67,6 +67,11 @@ def _sft(arguments: Sequence[str]) -> int:
 def _training(name: str, command: Callable[..., int], arguments: Sequence[str]) -> int:
     parser = _settings_parser(name, command)
     parser.add_argument("--print-config", action="store_true", help="print every setting and stop")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on from a checkpoint although settings or data have changed since",
+    )
     given = parser.parse_intermixed_args(arguments)
     config = _config(given.settings)
     if given.print_config:
@@ -76,7 +81,8 @@ def _training(name: str, command: Callable[..., int], arguments: Sequence[str]) 
         return 0
     from . import train
 
-    (train.run_train if name == "train" else train.run_sft)(config)
+    run = train.run_train if name == "train" else train.run_sft
+    run(config, accept_changes=given.accept_changes)
     return 0
 
 

@@ -236,7 +236,10 @@ def load_processor(model: str) -> tuple[Any, int]:
         reader = transformers.AutoProcessor if sees else transformers.AutoTokenizer
         return reader.from_pretrained(model), int(about.get_text_config().max_position_embeddings)
     except (OSError, ValueError) as error:
-        raise UserError(f"model {model!r}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model {model!r}: cannot be loaded ({reason}); name a folder that is there, or a Hugging Face id"
+        ) from None
 
 
 def target_ids(row: Row, tokenizer: Any) -> list[int]:

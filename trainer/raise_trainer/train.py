@@ -102,8 +102,13 @@ def _due(before: int, after: int, every: int) -> bool:
 
 
 @contextmanager
-def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[tuple[Run, Any]]:
-    """A new run, or one that goes on from its newest whole checkpoint. Also gives the reference, or None."""
+def opened(
+    config: TrainConfig, kind: str, *, with_reference: bool, accept_changes: bool = False
+) -> Iterator[tuple[Run, Any]]:
+    """A new run, or one that goes on from its newest whole checkpoint. Also gives the reference, or None.
+
+    accept_changes: go on although settings or data are not the checkpoint's; else that is ResumeRefused.
+    """
     from accelerate import PartialState
 
     check_tracker(config.tracker)
@@ -133,12 +138,15 @@ def opened(config: TrainConfig, kind: str, *, with_reference: bool) -> Iterator[
         )
         best = "max" if config.eval_data else None
         checkpoints = Checkpoints(log.out / "checkpoints", keep_best=best, say=log.say)
-        resumed = checkpoints.resume(state, may_change=FREE)
+        on_change = "accept" if accept_changes else "refuse"
+        resumed = checkpoints.resume(state, on_change=on_change, may_change=FREE)
         share(lambda: _write_settings(config, kind))  # a refused run leaves the settings of the one before
         for name in LOGS:
             share(partial(truncate_log, log.out / name, state.step))
         if resumed is not None:
             log.say(f"goes on after step {resumed.step} from {resumed.path}")
+            for change in resumed.changes:
+                log.say(f"changed since then: {change}")
         if config.tracker != "none" and not log.silent:
             settings = config.model_dump(mode="json")
             log.tracker = Tracker(config.tracker, log.out, settings, step=state.step, say=log.say)
@@ -177,10 +185,10 @@ def _write_settings(config: TrainConfig, kind: str) -> None:
         ) from None
 
 
-def run_train(config: TrainConfig) -> Path:
+def run_train(config: TrainConfig, *, accept_changes: bool = False) -> Path:
     """GRPO; returns the run's folder. UserError, first of all, for settings that do not go together."""
     method = Method.of(config)
-    with opened(config, "train", with_reference=True) as (run, reference):
+    with opened(config, "train", with_reference=True, accept_changes=accept_changes) as (run, reference):
         policy, phases = run.policy, Phases()
         engine = engine_of(
             config.engine, policy.model, method, path=config.model, eos=policy.eos, suppress=policy.suppress
@@ -213,9 +221,9 @@ def _ask(
     return prompts, draws(config.seed, places, config.group_size, config.max_new_tokens)
 
 
-def run_sft(config: TrainConfig) -> Path:
+def run_sft(config: TrainConfig, *, accept_changes: bool = False) -> Path:
     """Supervised warm start on each row's chain and solution; returns the run's folder."""
-    with opened(config, "sft", with_reference=False) as (run, _):
+    with opened(config, "sft", with_reference=False, accept_changes=accept_changes) as (run, _):
         scorer, phases = rc.Scorer(run.policy.model, max_tokens=config.micro_tokens), Phases()
         run.policy.model.train()
         with run.log.stage("sft", config.steps, done=run.state.step) as stage:

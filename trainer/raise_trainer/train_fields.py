@@ -124,6 +124,12 @@ class ChainOfStep(BaseModel):
         return {"prm": given} if isinstance(given, str) else given
 
 
+def _weights(given: Any) -> Any:
+    if isinstance(given, Mapping):
+        return given
+    raise ValueError("wanted weights by name, as in {format: 0.1, grpo-care: 0.5}")
+
+
 One = Field(min_length=1, max_length=1)  # a mapping of one name to its value
 Clip = tuple[Positive, Positive] | tuple[Positive, Positive, Positive]
 Engine = Annotated[str, AfterValidator(_engine)]
@@ -131,4 +137,4 @@ KlEstimator = Literal["k1", "k2", "k3"]
 Reward = RewardKind | Annotated[dict[Literal["chain-of-step"], ChainOfStep], One]
 Kl = Weight | Annotated[dict[KlEstimator, Weight], One]
 Reference = Literal["ema", "frozen", "policy"] | Annotated[dict[Literal["ema"], Share], One]
-Bonuses = dict[Literal["format", "t-grpo", "grpo-care"], Weight]
+Bonuses = Annotated[dict[Literal["format", "t-grpo", "grpo-care"], Weight], BeforeValidator(_weights)]

@@ -34,13 +34,16 @@ def changed_fields(
 
 
 def check_unchanged(where: str, changed: Sequence[str], on_change: str) -> None:
-    """ResumeRefused if something changed and `on_change` is "refuse"; "accept" lets it pass."""
+    """ResumeRefused if something changed and `on_change` is "refuse"; "accept" lets it pass.
+
+    The command line's --accept-changes is "accept".
+    """
     if on_change not in ("refuse", "accept"):
         raise ValueError(f'on_change: got {on_change!r}, wanted "refuse" or "accept"')
     if changed and on_change == "refuse":
         raise ResumeRefused(
             f"{where} was saved with other settings: {'; '.join(changed)}; undo this, train into another "
-            'folder, or resume with on_change="accept"'
+            "folder, or go on all the same (train, sft: --accept-changes)"
         )
 
 
