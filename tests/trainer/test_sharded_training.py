@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def rows(folder: Path, processor: Any) -> list[Prompt]:
-    """Three questions on videos and two without."""
+@cache
+def rows(folder: Path) -> tuple[Any, list[Prompt]]:
+    """A processor; three questions on videos and two without. Once in each process."""
+    processor = tiny.build_processor()
     builder = PromptBuilder(processor, frames=8, max_length=400)
     answer = "<answer>1</answer>"
     text = [Row(f"text {i}", f"How many? {i}", "text", "numerical", (), answer, None, "x") for i in range(2)]
-    return [*questions(folder, processor)[:3], *(builder(row) for row in text)]
+    return processor, [*questions(folder, processor)[:3], *(builder(row) for row in text)]
 
 
 def run(folder: Path, mine: list[int], case: dict[str, Any]) -> dict[str, Any]:
@@ -59,8 +62,8 @@ def run(folder: Path, mine: list[int], case: dict[str, Any]) -> dict[str, Any]:
     if case.get("plain"):
         Backbone._why_plain = lambda self: "its attention is another"  # type: ignore[method-assign]
     other = {k: v for k, v in case.items() if k in {"micro_tokens", "loss", "updates", "kl", "scale"}}
-    processor = tiny.build_processor()
-    tokenizer = processor.tokenizer
+    processor, every = rows(folder)
+    tokenizer, figures = processor.tokenizer, []
     model = tiny.build_model(processor, seed=0).double()
     model.model.visual.requires_grad_(not (case.get("frozen") or case.get("lora")))
     if case.get("checkpointing"):
@@ -76,7 +79,6 @@ def run(folder: Path, mine: list[int], case: dict[str, Any]) -> dict[str, Any]:
         tokenizer, method,
         eos=[tokenizer.eos_token_id], suppress=tokenizer.convert_tokens_to_ids(list(tiny.MEDIA)),
     )  # fmt: skip
-    every, figures = rows(folder, processor), []
     for step in range(STEPS):
         taken = draws(0, [(step, i) for i in mine], G, LONGEST)
         figures.append(grpo.step([every[i] for i in mine], taken, step * method.updates).figures)
