@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from bench import loop, loop_trl
 from bench.loop_sides import END, PHASES, Ours, build_tokenizer, reward, save_model, texts
 from bench.peers import EXTRA, NotHere
+from raise_trainer.engines.base import Generate, Sampling
 from raise_trainer.update import policy_step
 
 SHAPE = replace(loop.QUICK[0], group=2, length=5)
@@ -64,7 +65,8 @@ def test_our_side_steps(tokenizer: Any, tmp_path: Path) -> None:
 def test_a_completion_that_ends_early_stops_the_run(tokenizer: Any, tmp_path: Path) -> None:
     save_model(tmp_path, tokenizer, SHAPE)
     ours = Ours(tmp_path, tokenizer, SHAPE, texts(tokenizer, SHAPE, SHAPE.prompts))
-    ours.grpo.eos = list(range(SHAPE.vocabulary))
+    ends = Sampling.of(ours.grpo.method, eos=range(SHAPE.vocabulary), suppress=[])
+    ours.grpo.engine = Generate(ours.grpo.model, ends)
     with pytest.raises(RuntimeError, match="ended early"):
         ours.step()
 
