@@ -14,8 +14,8 @@ class DpoLoss:
     """What `dpo_loss` returns: `loss`, a scalar with a gradient, and `metrics`, detached scalars by name.
 
     Each metric is a sum over this call's pairs divided by `num_pairs`, so that a step's figure is the sum
-    over its micro-batches. margin [nats]: beta times how much more the policy's log-odds favour the chosen one
-    than the reference's; accuracy: share of the pairs with a margin above 0; chosen_reward and
+    over its micro-batches. margin [nats]: beta times how much more the policy's log-odds favour the chosen
+    one than the reference's; accuracy: share of the pairs with a margin above 0; chosen_reward and
     rejected_reward [nats]: beta * log ratio of either; nll [nats per token]: of the chosen ones, there if
     `chosen_tokens` was given.
     """

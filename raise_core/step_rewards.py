@@ -107,12 +107,13 @@ def step_loss(margins: Tensor, targets: Tensor, num_tags: float) -> Tensor:
     margins d [K]: `step_margins`. targets y [K] in [0, 1]: 1 good, 0 bad, 0.5 neutral; a share of rollouts
     that came out right is one too. This is the binary cross-entropy over both tokens of Chain-of-Step (arXiv
     2509.19003), in which a neutral step is labelled neither good nor bad: each term counts twice, and a
-    neutral step's optimum is a score of 0.5. num_tags: tags of the whole optimiser step, so that the gradients
-    of its micro-batches add up; 0 counts as 1. Raises ValueError for shapes or targets that do not fit.
+    neutral step's optimum is a score of 0.5. num_tags: tags of the whole optimiser step, so that the
+    gradients of its micro-batches add up; 0 counts as 1. Raises ValueError for shapes or targets that do not fit.
     """
     if margins.shape != targets.shape or margins.ndim != 1:
         raise ValueError(
-            f"margins, targets: got shapes {list(margins.shape)} and {list(targets.shape)}, wanted the same [K]"
+            f"margins, targets: got shapes {list(margins.shape)} and {list(targets.shape)}, "
+            "wanted the same [K]"
         )
     _check_scores("targets", targets)
     y = targets.to(margins.device, margins.dtype)
