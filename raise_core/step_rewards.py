@@ -108,7 +108,8 @@ def step_loss(margins: Tensor, targets: Tensor, num_tags: float) -> Tensor:
     that came out right is one too. This is the binary cross-entropy over both tokens of Chain-of-Step (arXiv
     2509.19003), in which a neutral step is labelled neither good nor bad: each term counts twice, and a
     neutral step's optimum is a score of 0.5. num_tags: tags of the whole optimiser step, so that the
-    gradients of its micro-batches add up; 0 counts as 1. Raises ValueError for shapes or targets that do not fit.
+    gradients of its micro-batches add up; 0 counts as 1. Raises ValueError for shapes or targets that do not
+    fit.
     """
     if margins.shape != targets.shape or margins.ndim != 1:
         raise ValueError(
