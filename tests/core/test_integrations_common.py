@@ -184,6 +184,7 @@ def _process(rank: int, folder: str) -> None:
         _rewards(mine, group_size=4)
     except ValueError as error:
         Path(f"{folder}/{rank}.txt").write_text(str(error))
+    dist.barrier()  # a process that closes while another still connects takes it down
     dist.destroy_process_group()
 
 
