@@ -29,7 +29,7 @@ SWITCH = "RAISE_COMPILED"
 COMPILERS = ("cc", "gcc", "clang")
 # No option may let the compiler forget infinities and NaN: both carry meaning.
 FLAGS = ("-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-pthread")
-# gemm.c says what is to be vector code; -O3 makes it no faster, and takes half as long again to compile.
+# gemm.c says what is to be vector code; -O3 only takes longer to compile.
 OPTIMISE = {"token_stats": "-O3", "gemm": "-O2"}
 FOLLOWS = {"gemm": "token_stats"}  # who multiplies hidden states asks for their statistics next
 # The first set that works; not every compiler knows its own processor.

@@ -97,7 +97,7 @@ class Grpo:
     ) -> None:
         self.model, self.reference, self.optimizer = model, reference, optimizer
         self.tokenizer, self.method = tokenizer, method
-        self.eos, self.suppress, self.guard = list(eos), list(suppress), guard
+        self.eos, self.guard = list(eos), guard
         self.policy = rc.Scorer(model, max_tokens=method.micro_tokens)
         # A reference that is swapped in, or is an adapter, lives in the policy's own modules.
         self.confidant = rc.Scorer(reference.model, max_tokens=method.micro_tokens)

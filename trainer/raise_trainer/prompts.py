@@ -1,10 +1,11 @@
 """From a row to what the model reads: pixels through its processor, text through its chat template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
@@ -52,6 +53,13 @@ class Prompt:
         """Token ids [L]."""
         ids: Tensor = self.inputs["input_ids"][0]
         return ids
+
+    def extended(self, prefix: Sequence[int]) -> "Prompt":
+        """The same with these token ids of a completion behind it, to be gone on with."""
+        ids = self.inputs["input_ids"]
+        more = torch.tensor([list(prefix)], dtype=ids.dtype)
+        kept = {k: v for k, v in self.inputs.items() if k != "attention_mask"}
+        return replace(self, inputs=kept | {"input_ids": torch.cat([ids, more], 1)})
 
 
 class PromptBuilder:

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,7 @@ def rollout_shares(
     shares = list[float]()
     for first in range(0, count, config.prompts):
         some = range(first, min(first + config.prompts, count))
-        extended = [replace(prompt, inputs=_extended(prompt.inputs, prefixes[k])) for k in some]
+        extended = [prompt.extended(prefixes[k]) for k in some]
         places = [(number, k) for k in some]
         made = sample(
             policy.model, extended, group_size=config.rollouts, max_new_tokens=config.max_new_tokens,
@@ -165,14 +164,6 @@ def rollout_shares(
             scores = [row.text_score(_text(policy, ids)) for ids in group]
             shares.append(sum(scores) / len(scores))
     return shares
-
-
-def _extended(inputs: dict[str, Any], prefix: Sequence[int]) -> dict[str, Any]:
-    ids = inputs["input_ids"]
-    more = torch.tensor([list(prefix)], dtype=ids.dtype)
-    return {k: v for k, v in inputs.items() if k != "attention_mask"} | {
-        "input_ids": torch.cat([ids, more], 1)
-    }
 
 
 def _text(policy: Policy, ids: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """Step-level beam search: sample next steps, score them by a PRM, keep the best, repeat."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def beam_search(
                 who.append((q, beam))
         room = how.max_new_tokens - min(len(beam.ids) for _, beam in who)
         made = sample(
-            how.model, [_extended(prompts[q], beam.ids) for q, beam in who], group_size=size,
+            how.model, [prompts[q].extended(beam.ids) for q, beam in who], group_size=size,
             max_new_tokens=room, temperature=how.temperature, eos=[*how.eos, how.step_close],
             suppress=how.suppress, draws=_draws(how, places, size, room),
             features=[frozen[q] for q, _ in who],
@@ -120,11 +120,3 @@ def beam_search(
 def _draws(how: Generation, places: Sequence[tuple[int, int]], size: int, room: int) -> Tensor | None:
     # As wide whatever the room is: that of a round depends on the other questions of the batch.
     return draws(how.seed, places, size, how.max_new_tokens)[:, :room] if how.temperature else None
-
-
-def _extended(prompt: Prompt, prefix: Sequence[int]) -> Prompt:
-    """A prompt that ends where a beam does."""
-    ids = prompt.inputs["input_ids"]
-    more = torch.tensor([list(prefix)], dtype=ids.dtype)
-    kept = {k: v for k, v in prompt.inputs.items() if k != "attention_mask"}
-    return replace(prompt, inputs=kept | {"input_ids": torch.cat([ids, more], 1)})
