@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import raise_core as rc
 from raise_trainer import cli, tiny
@@ -124,6 +125,32 @@ def test_a_run_is_stopped_and_goes_on(world: Path, tmp_path: Path, capsys: Any) 
     assert more is not None
     assert (part / "pairs-0.jsonl").read_bytes() == (first / "pairs-0.jsonl").read_bytes()
     assert (more / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_rows_of_two_files_may_share_an_id(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    for name, numbers in (("a", (0, 1)), ("b", (2, 3))):
+        rows = [chain_world.question(n) for n in numbers]
+        for row in rows:
+            del row["problem_id"]  # then it is the row's number in its file
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    seen = list[tuple[list[int], list[int], list[int]]]()
+
+    def step(*given: Any, **other: Any) -> dict[str, float]:
+        seen.extend((p.inputs["input_ids"].flatten().tolist(), p.chosen, p.rejected) for p in given[4])
+        return dpo_step(*given, **other)
+
+    monkeypatch.setattr("raise_trainer.dpo.run.dpo_step", step)
+    both = tuple(str(tmp_path / f"{name}.json") for name in "ab")
+    assert run_dpo(config(world, tmp_path / "out", data=both, rounds=1)) is not None
+    made = [p for i in (0, 1) for p in lines(tmp_path / f"out/round-1/pairs-{i}.jsonl")]
+    assert [p["problem_id"] for p in made] == [0, 1, 0, 1]
+    assert {(tuple(c), tuple(r)) for _, c, r in seen} == {
+        (tuple(p["chosen"]), tuple(p["rejected"])) for p in made
+    }
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    for prompt, chosen, _ in seen:
+        (row,) = [p for p in made if p["problem"] in tokenizer.decode(prompt)]
+        assert row["chosen"] == chosen
 
 
 def test_refusals(world: Path, tmp_path: Path) -> None:

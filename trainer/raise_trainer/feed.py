@@ -94,6 +94,11 @@ class Feed:
         self.loader.prefetch(self._requests())
         return places, prompts
 
+    @property
+    def used(self) -> list[int]:
+        """Row numbers of this process's prompts since the last `drain`, in their order."""
+        return list(self._taken[0])
+
     def drain(self) -> tuple[list[int], list[int]]:
         """Numbers of the rows taken since the last call, in this process: those used, those left out."""
         taken, self._taken = self._taken, ([], [])

@@ -29,7 +29,7 @@ class DpoConfig(BaseModel):
     prm: str
     """process reward model that scores paths: the model folder of a checkpoint of raise-core prm train"""
     data: DataFiles = Field(min_length=1)
-    """files of questions, as in training; each row has a problem_id of its own"""
+    """files of questions, as in training"""
     out: Path
     """folder of the run; each round has paths, pairs and a training run in it"""
     seed: Number = 0

@@ -173,14 +173,10 @@ def _write_pairs(folder: Path, source: RowSource, rows: Sequence[int]) -> None:
     """The rows with a pair, a file for each file of the data; then the counts, the sign that all is there."""
     done = _done(folder, source.fingerprint)
     texts: list[list[str]] = [[] for _ in source.files]
-    seen = set[Any]()
     for number in rows:
         record = done[number]
         if record["kind"] != "pairs":
             continue
-        if record["problem_id"] in seen:
-            raise UserError(f"data: two rows have the id {record['problem_id']!r}; give each its own")
-        seen.add(record["problem_id"])
         file, within = source.where(number)
         row = file.raw(within) | {name: record[name] for name in ("problem_id", "chosen", "rejected")}
         gap = record["rewards"][record["best"]] - record["rewards"][record["worst"]]

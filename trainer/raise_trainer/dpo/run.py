@@ -1,8 +1,6 @@
 """`raise-core dpo`: rounds of paths, pairs and preference steps; killed at any point, it goes on there."""
 
 import gc
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from ..checkpoints.ranks import share
 from ..errors import UserError
 from ..grpo import Phases
 from ..logbook import Logbook
-from ..row_files import RowFile
+from ..row_files import RowSource
 from ..train import opened, report_step
 from ..train_config import TrainConfig, as_yaml
 from .config import FREE, DpoConfig
@@ -108,13 +106,13 @@ def _train(config: DpoConfig, number: int, model: str, folder: Path, pairs: int)
         policy, phases = run.policy, Phases()
         scorer = rc.Scorer(policy.model, max_tokens=config.micro_tokens)
         confidant = rc.Scorer(reference.model, max_tokens=config.micro_tokens)
-        found = PairFile(run.feed.source.files)
         policy.model.train()
         with run.log.stage(f"dpo, round {number}", training.steps, done=run.state.step) as stage:
             for step in run.steps(stage, 1):
                 with phases("decode"):
                     _, prompts = run.feed.take(step)
-                some = [found(p.row.problem_id, p.inputs) for p in prompts]
+                numbers = zip(run.feed.used, prompts, strict=True)
+                some = [pair_of(run.feed.source, number, p.inputs) for number, p in numbers]
                 with phases("update"):
                     figures = dpo_step(
                         scorer, confidant, reference, run.optimizer, some, beta=config.beta,
@@ -130,17 +128,8 @@ def _train(config: DpoConfig, number: int, model: str, folder: Path, pairs: int)
     return latest / "model"
 
 
-class PairFile:
-    """The pairs of a round by the ids of their rows; token ids are read when they are wanted."""
-
-    def __init__(self, files: Sequence[RowFile]) -> None:
-        self._where = {
-            file.raw(within)["problem_id"]: partial(file.raw, within)
-            for file in files
-            for within in range(len(file))
-        }
-
-    def __call__(self, problem_id: int | str, inputs: dict[str, Any]) -> Pair:
-        """The pair of a row, with the prompt's inputs."""
-        row = self._where[problem_id]()
-        return Pair(inputs, list(row["chosen"]), list(row["rejected"]))
+def pair_of(source: RowSource, number: int, inputs: dict[str, Any]) -> Pair:
+    """The pair of a row of a round's files, with its prompt's inputs. Rows of two files may share an id."""
+    file, within = source.where(number)
+    row = file.raw(within)
+    return Pair(inputs, list(row["chosen"]), list(row["rejected"]))
