@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,18 @@ def test_a_run_and_its_completions_scored_again(tmp_path: Path) -> None:
     again = score_file(tmp_path / "run/completions.jsonl", config, out=tmp_path / "again.jsonl")
     scored = [json.loads(text) for text in again.read_text().splitlines()]
     assert scored and all(one["reward"] == one["old_reward"] == 0.0 for one in scored)
+
+
+def test_a_prm_that_is_not_finite_is_named(world: tuple[Any, Any, Any, Prompt], monkeypatch: Any) -> None:
+    _, prm, tokenizer, prompt = world
+    ids = rollout_of(tokenizer, prompt, [RIGHT]).groups
+    judge = ChainJudge(prm, tokenizer, name="folder")
+    overflown = rc.StepScores((0.5, float("nan")), 0.5, (9, 20))
+    monkeypatch.setattr(judge.scorer, "scores", lambda *given, **other: [[overflown]])
+    with pytest.raises(UserError, match="prm folder: its score of a step is not finite; take an earlier"):
+        judge([prompt.inputs], ids)
+    broken = copy.deepcopy(prm)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[5, 3] = float("nan")
+    with pytest.raises(UserError, match=r"prm folder: its weight .* is not finite; take an earlier"):
+        ChainJudge(broken, tokenizer, name="folder")

@@ -1,5 +1,6 @@
 """A process reward model beside a policy: step scores and trajectory rewards of sampled chains."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from .errors import UserError
 from .prm.chains import step_tokens
 
 Features = Sequence[VisionFeatures | None]
+NOT_FINITE = "is not finite; take an earlier checkpoint of it, or dtype=float32"
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,19 @@ class Judged:
 class ChainJudge:
     """A PRM that reads the policy's own tokens.
 
-    model, tokenizer: of the PRM. share: of the steps in the reward. micro_tokens: of a pass.
-    UserError where the PRM has no step tag.
+    model, tokenizer: of the PRM. share: of the steps in the reward. micro_tokens: of a pass. name: of the PRM
+    in messages. UserError where the PRM has no step tag, or a weight or a score that is not finite.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, share: float = STEP_SHARE, micro_tokens: int = 1 << 15
-    ) -> None:
+        self, model: Any, tokenizer: Any, *, share: float = STEP_SHARE, micro_tokens: int = 1 << 15,
+        name: str | Path = "",
+    ) -> None:  # fmt: skip
         step_tokens(tokenizer)
+        self.name = f"prm {name}".strip()
+        for weight, values in model.named_parameters():
+            if not torch.isfinite(values).all():
+                raise UserError(f"{self.name}: its weight {weight} {NOT_FINITE}")
         self.model, self.share = model, share
         self.scorer = rc.StepScorer(rc.Scorer(model, max_tokens=micro_tokens), tokenizer)
 
@@ -67,7 +74,7 @@ class ChainJudge:
         loaded = load_policy(config, device)
         check_same_tokens(loaded.tokenizer, tokenizer, folder)
         loaded.model.eval().requires_grad_(False)
-        return cls(loaded.model, loaded.tokenizer, share=share, micro_tokens=micro_tokens)
+        return cls(loaded.model, loaded.tokenizer, share=share, micro_tokens=micro_tokens, name=folder)
 
     @torch.no_grad()
     def features(self, inputs: Sequence[Mapping[str, Any]]) -> Features:
@@ -88,6 +95,9 @@ class ChainJudge:
         ]
         scores = self.scorer.scores(inputs, kept, features=features)
         flat = [one for group in scores for one in group]
+        for one in flat:
+            if not all(map(math.isfinite, (*one.steps, one.answer or 0.0))):
+                raise UserError(f"{self.name}: its score of a step {NOT_FINITE}")
         steps = torch.tensor([s for one in flat for s in one.steps])
         offsets = torch.tensor([0, *(len(one.steps) for one in flat)]).cumsum(0)
         answers = torch.tensor([one.answer or 0.0 for one in flat])
