@@ -45,6 +45,10 @@ def test_best_and_worst() -> None:
     assert best_and_worst(ids, scores, 0.5) is None
     assert best_and_worst(ids[:2], [judged(0.4)] * 2, 0.0) is None
     assert best_and_worst(ids[:1], [judged(0.4, answered=False)], 0.0) is None
+    assert best_and_worst([[1], [1]], [judged(0.4), judged(0.40001)], 0.0) is None
+    unread = Judged(rc.StepScores((), None, ()), 0.0, fits=False)  # beyond the PRM's context
+    assert best_and_worst(ids[:3], [judged(0.5), unread, judged(0.75)], 0.1) == (2, 0)
+    assert best_and_worst(ids[:2], [judged(0.5), unread], 0.1) is None
 
 
 def logps(model: Any, pair: Pair) -> list[float]:
@@ -153,13 +157,20 @@ def test_rows_of_two_files_may_share_an_id(world: Path, tmp_path: Path, monkeypa
         assert row["chosen"] == chosen
 
 
-def test_refusals(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no pair to learn from"):
+def test_refusals(world: Path, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(UserError, match=r"no pair to learn from; lower min_gap, .* in another `out`"):
         run_dpo(config(world, tmp_path / "wide", min_gap=1.5))
     counts = json.loads((tmp_path / "wide/round-1/pairs.json").read_text())
     assert counts["pairs"] == 0 and counts["close"] + counts["no_answer"] == 6
     with pytest.raises(UserError, match=r"its run has min_gap=1\.5"):
         run_dpo(config(world, tmp_path / "wide"))
+    (tmp_path / "bad.json").write_text(json.dumps([{"problem_id": "x7"}, chain_world.question(0)]))
+    with pytest.raises(UserError, match=r"2 questions cannot be used .first row x7: .*mend the data"):
+        run_dpo(config(world, tmp_path / "bad", data=(str(tmp_path / "bad.json"),), max_new_tokens=10_000))
+    said = capsys.readouterr().out
+    assert "left out: row x7" in said and "left out: row q0: the prompt has" in said
+    with pytest.raises(UserError, match="no path has an answer that the PRM can read; raise max_new_tokens"):
+        run_dpo(config(world, tmp_path / "short", max_new_tokens=2))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("x")
     with pytest.raises(UserError, match="holds something that is no run"):

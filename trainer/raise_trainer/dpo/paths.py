@@ -42,7 +42,8 @@ def pairs_of_round(
     """Sample and pair what is not done yet; returns the counts, also in folder/pairs.json.
 
     model: the policy that is sampled. Questions without a pair are counted by reason: `close`, rewards
-    closer than min_gap; `no_answer`, no path with an answer; `left_out`, a row or medium that cannot be used.
+    closer than min_gap; `no_answer`, no path with an answer; `left_out`, a row or medium that cannot be used,
+    of which `why` is the first one's reason. `too_long`: paths beyond the PRM's context, in no pair.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not share(lambda: (folder / SUMMARY).is_file()):
@@ -84,6 +85,7 @@ def _sample_paths(
     source: RowSource,
 ) -> None:  # fmt: skip
     drop_torn_line(_file(folder, ranks.rank()))
+    ranks.gather(None)  # all processes have: a torn line may read as a whole one
     done = ranks.gather(_done(folder, source.fingerprint).keys())[0]
     wanted = [n for n in round_rows(config, number, len(source)) if n not in done]
     mine = wanted[ranks.rank() :: ranks.size()]
@@ -107,6 +109,9 @@ def _sample_paths(
             some = mine[first : first + config.prompts]
             lines = _lines(config, number, policy, judge, source, builder, loader, some)
             append_json_lines(_file(folder, ranks.rank()), [{"of": source.fingerprint} | x for x in lines])
+            for line in lines:
+                if line["kind"] == "left_out":
+                    log.say(f"left out: {line['why']}")
             stage.advance(len(some))
 
 
@@ -156,6 +161,7 @@ def _pair(
         "rewards": [one.reward for one in judged],
         "step_scores": [list(one.scores.steps) for one in judged],
         "answer_scores": [one.scores.answer for one in judged],
+        "too_long": sum(not one.fits for one in judged),
     }
     found = best_and_worst(group, judged, min_gap)
     if found is None:
@@ -187,7 +193,13 @@ def _write_pairs(folder: Path, source: RowSource, rows: Sequence[int]) -> None:
     counts = Counter(done[number]["kind"] for number in rows)
     rewards = [r for n in rows for r in done[n].get("rewards", [])]
     mean = sum(rewards) / max(len(rewards), 1)
-    summary = {"questions": len(rows), **{kind: counts[kind] for kind in KINDS}, "reward_mean": mean}
+    summary = {
+        "questions": len(rows),
+        **{kind: counts[kind] for kind in KINDS},
+        "reward_mean": mean,
+        "too_long": sum(done[n].get("too_long", 0) for n in rows),
+        "why": next((done[n]["why"] for n in rows if "why" in done[n]), None),
+    }
     _replace(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 

@@ -46,7 +46,7 @@ def run_dpo(config: DpoConfig) -> Path | None:
             f"{counts['left_out']} left out; mean reward {counts['reward_mean']:.3f}"
         )
         if not counts["pairs"]:
-            raise UserError(f"round {number}: no pair to learn from; lower min_gap, or sample more paths")
+            raise UserError(f"round {number}: no pair to learn from; {_way_out(counts)}, in another `out`")
         gc.collect()  # the models that sampled and judged
         begin = model if config.start == "last" else config.model
         found = _train(config, number, begin, folder, counts["pairs"])
@@ -55,6 +55,16 @@ def run_dpo(config: DpoConfig) -> Path | None:
         model = str(found)
     log.say(f"Policy: {model}")
     return Path(model)
+
+
+def _way_out(counts: dict[str, Any]) -> str:
+    """What to do where no question has a pair, by what most of them lack."""
+    most = max(("close", "no_answer", "left_out"), key=lambda kind: counts[kind])
+    if most == "left_out":
+        return f"{counts['left_out']} questions cannot be used (first {counts['why']}); mend the data"
+    if most == "no_answer":
+        return "no path has an answer that the PRM can read; raise max_new_tokens, or warm the model up"
+    return "lower min_gap, or sample more paths"
 
 
 def _open(config: DpoConfig) -> None:

@@ -35,17 +35,19 @@ def best_and_worst(
 ) -> tuple[int, int] | None:
     """Indices of the paths with the highest and the lowest reward; None where they are closer than min_gap.
 
-    The chosen one must have an answer, and both at least a token; of equals the first. min_gap in units of
-    reward; a gap of 0 is never enough.
+    The chosen one must have an answer, and both at least a token and scores: what is beyond the PRM's context
+    is neither good nor bad. Of equals the first. min_gap in units of reward; a gap of 0 is never enough, and
+    equal paths, whose scores differ by roundings, are no pair.
     """
-    some = [i for i, ids in enumerate(completions) if ids]
+    some = [i for i, ids in enumerate(completions) if ids and judged[i].fits]
     answered = [i for i in some if judged[i].scores.answer is not None]
     if not answered:
         return None
     high = max(answered, key=lambda i: judged[i].reward)
     low = min(some, key=lambda i: judged[i].reward)
     gap = judged[high].reward - judged[low].reward
-    return (high, low) if gap > 0 and gap >= min_gap else None
+    differ = list(completions[high]) != list(completions[low])
+    return (high, low) if differ and gap > 0 and gap >= min_gap else None
 
 
 def dpo_step(
