@@ -108,6 +108,28 @@ def test_nothing_is_asked_twice_and_other_settings_are_refused(folder: Path, tmp
         run(replace(given, data=other))
 
 
+def test_a_process_without_a_question_waits_for_the_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings(folder, tmp_path / "out", "--limit", 1)
+    wanted, _ = run(given)
+    file = given.out / "answers.jsonl"
+    of_the_first = file.read_bytes()
+    file.unlink()
+    met = list[Any]()
+
+    def gather(value: Any) -> list[Any]:
+        met.append(value)
+        if len(met) == 3:  # after the answers
+            file.write_bytes(of_the_first)
+        return [value, value]
+
+    for name, stand_in in (("rank", lambda: 1), ("size", lambda: 2), ("gather", gather)):
+        monkeypatch.setattr(f"raise_trainer.ranks.{name}", stand_in)
+    found, _ = run(given)
+    assert found == wanted and not (given.out / "answers-1.jsonl").exists()
+
+
 def test_more_samples_add_to_those_that_are_there(folder: Path, tmp_path: Path) -> None:
     few = settings(folder, tmp_path / "few", "--limit", 3, "--samples", 2, "--temperature", 1)
     run(few)

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from .questions import Question
 from .results import Result, summarise
 from .scoring import grade
 from .settings import SCORERS, EvalSettings
+
+WAIT = timedelta(days=2)  # processes with little to do wait for the others; by default they give up soon
 
 
 class QuestionPrompts(PromptBuilder):
@@ -58,7 +61,7 @@ def evaluate(settings: EvalSettings, console: Console | None = None) -> list[Res
     """
     from accelerate import PartialState
 
-    device = PartialState().device
+    device = PartialState(timeout=WAIT).device
     loaded = [load(n, settings.data, source=settings.source, limit=settings.limit) for n in settings.bench]
     files = {one.name: [one.source, one.fingerprint] for one in loaded}
     share(lambda: check_settings(settings.out, settings.made_by(files)))
@@ -73,9 +76,9 @@ def evaluate(settings: EvalSettings, console: Console | None = None) -> list[Res
     mine = pending[ranks.rank() :: ranks.size()]
     total = sum(len(p.samples) for p in pending)
     log.say(f"{sum(len(one.items) for one in loaded)} questions, {total} answers to take")
-    if pending:
+    if mine:
         ask(settings, mine, file, log, device)
-        ranks.gather(None)
+    ranks.gather(None)
     answers = read_answers(settings.out)
     return [summarise(one, answers, settings.samples, SCORERS[settings.scorer]) for one in loaded]
 
@@ -112,9 +115,11 @@ def ask(
         MediaLoader(workers=settings.workers, decode=DECODE) as loader,
         log.stage("evaluate", total) as stage,
     ):
-        for batch, coming in zip(batches, [*batches[1:], []], strict=True):
+        for number, batch in enumerate(batches, 1):
             made = _build(builder, loader, batch)
-            loader.prefetch(_requests(builder, coming))
+            loader.prefetch(
+                _requests(builder, [p for coming in batches[number : number + 1] for p in coming])
+            )
             file.append(_answers(settings, policy, batch, made))
             stage.advance(sum(len(p.samples) for p in batch))
 
