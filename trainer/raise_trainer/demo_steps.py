@@ -33,7 +33,7 @@ from .search.beam import Generation
 from .search.figure import draw_curves
 from .search.questions import search_questions
 from .search.votes import TITLES, curves
-from .step_world import write_step_dataset
+from .step_world import true_word, truth_of, write_step_dataset
 from .steps_config import SMOKE, StepsConfig
 
 ROOM = 112  # longest completion, in tokens
@@ -64,15 +64,15 @@ def run_demo_steps(config: StepsConfig) -> Path:
     text = json.dumps(asdict(config) | {"torch": torch.__version__}, indent=1, default=str)
     (config.out / "config.json").write_text(text, encoding="utf-8")
     try:
-        data = _prepare(config, log)
+        data = prepare(config, log)
     except UserError:
         shutil.rmtree(config.out)
         raise
-    policy, prm = _learned(data, config, log)
+    policy, prm = learned(data, config, log)
     tokenizer = data.processor.tokenizer
     prm.eval().requires_grad_(False)
     judge = ChainJudge(prm, tokenizer)
-    log.write("prm", config.prm_steps, **_prm_figures(judge, data, policy, config))
+    log.write("prm", config.prm_steps, **prm_figures(judge, data, policy, config))
     records = _search(policy, judge, data, config, log)
     rows = [_stage_figures("warm start", records)]
     log.write("evaluate", 0, **rows[0])
@@ -96,7 +96,7 @@ def run_demo_steps(config: StepsConfig) -> Path:
     return config.out
 
 
-def _learned(data: World, config: StepsConfig, log: Logbook) -> tuple[Any, Any]:
+def learned(data: World, config: StepsConfig, log: Logbook) -> tuple[Any, Any]:
     """The warm-started policy, and the PRM that begins as it; both are saved. Those of `start` go on."""
     start = config.start
     policy = data.model if start is None else _loaded(start / "sft", data.model)
@@ -121,7 +121,8 @@ def _loaded(folder: Path, like: Any) -> Any:
         ) from None
 
 
-def _prepare(config: StepsConfig, log: Logbook) -> World:
+def prepare(config: StepsConfig, log: Logbook) -> World:
+    """Write the data folder under `config.out`, decode every video once, and begin a model."""
     root = config.out / "data"
     with log.stage("write videos", config.train_videos + config.test_videos) as stage:
         write_step_dataset(
@@ -242,10 +243,8 @@ def _stage_figures(name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _prm_figures(judge: ChainJudge, data: World, policy: Any, config: StepsConfig) -> dict[str, float]:
+def prm_figures(judge: ChainJudge, data: World, policy: Any, config: StepsConfig) -> dict[str, float]:
     """How often the PRM is on the right side of 0.5 for the policy's own chains of unseen videos."""
-    from .world import answer_claim, chain_claim
-
     policy.eval()
     how = _generation(policy, data, config)
     places = [(-1, i) for i in range(len(data.test))]
@@ -256,16 +255,11 @@ def _prm_figures(judge: ChainJudge, data: World, policy: Any, config: StepsConfi
     judged = judge(made.inputs, made.groups)
     seen = {True: [0, 0], False: [0, 0]}
     for prompt, group, scores in zip(data.test, made.groups, judged, strict=True):
-        truth = answer_claim("describe", rc.parse_chain(prompt.row.solution).answer, ())
-        assert truth is not None
+        truth = truth_of(prompt.row)
         for ids, one in zip(group, scores, strict=True):
             chain = rc.parse_chain(how.tokenizer.decode(ids))
             for step, score in zip(chain.steps, one.scores.steps, strict=True):
-                claims = [
-                    (chain_claim(t, step.thought) or ("",))[0] for t in ("colour", "shape", "direction")
-                ]
-                stated = [(i, c) for i, c in enumerate(claims) if c]
-                good = bool(stated) and all(truth[i] == c for i, c in stated)
+                good = true_word(step, truth) is not None
                 seen[good][0] += (score > 0.5) == good
                 seen[good][1] += 1
     right, count = (seen[True][i] + seen[False][i] for i in (0, 1))

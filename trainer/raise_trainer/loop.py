@@ -13,6 +13,7 @@ import torch
 
 import raise_core as rc
 
+from .chain_judge import ChainJudge
 from .completions import completions_of, show_completions
 from .config import DemoConfig
 from .evaluate import judge
@@ -86,9 +87,10 @@ def run_grpo(
     method: Method | None = None,
     reference: rc.Reference | None = None,
     phases: Phases | None = None,
+    chains: ChainJudge | None = None,
 ) -> None:
     """GRPO with the configured reward. method: instead of the configured one; reference: instead of the EMA;
-    phases: their clock.
+    phases: their clock; chains: the PRM of a method that has one.
     """
     method = method or replace(Method.of(config), watch_kl=True)
     reference = reference or rc.EmaReference(model, decay=config.ema_decay)
@@ -96,7 +98,7 @@ def run_grpo(
     batches = _batches(prompts, config.prompts, random.Random(f"{config.seed} grpo"))
     grpo = Grpo(
         model, reference, optimizer, tokenizer, method,
-        eos=sampling["eos"], suppress=sampling["suppress"], phases=phases,
+        eos=sampling["eos"], suppress=sampling["suppress"], phases=phases, judge=chains,
     )  # fmt: skip
     with log.stage(name, config.grpo_steps) as stage:
         for step in range(config.grpo_steps):

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import raise_core as rc
-from raise_core.tags import ANSWER_CLOSE, ANSWER_OPEN
+from raise_core.tags import ANSWER_CLOSE, ANSWER_OPEN, answer_in
 
 from . import world
 from .clips import write_mp4
+from .rows import Row
 
 TASK = "describe"
 PARTS = (
@@ -24,6 +25,7 @@ PARTS = (
     ("Which shape", "the shape is a {}", world.SHAPES),
     ("Which way", "it moves {}", tuple(world.DIRECTIONS)),
 )
+ASKED = ("colour", "shape", "direction")  # the world's task that a part's thought answers
 REFLECTION = "the video shows"  # every token of a chain's form is learned, so the form is short
 SLIP = 0.12  # share of the warm start's words that are another one at random
 MISTAKEN = {"red": "yellow", "yellow": "red", "green": "blue", "blue": "green"}
@@ -67,6 +69,22 @@ def labels(words: Sequence[str], said: Sequence[str], answered: Sequence[str]) -
     """1 for each step that says what the video shows, else 0; then 1 for an answer right in all words."""
     steps = [float(a == b) for a, b in zip(words, said, strict=True)]
     return [*steps, float(tuple(words) == tuple(answered))]
+
+
+def truth_of(row: Row) -> Words:
+    """Colour, shape and direction that a row's video shows. ValueError for a row of another task."""
+    words = world.answer_claim(TASK, answer_in(row.solution)[0], ())
+    if words is None:
+        raise ValueError(f"row {row.problem_id}: solution {row.solution[:60]!r}, wanted a description")
+    return words
+
+
+def true_word(step: rc.Step, truth: Sequence[str]) -> str | None:
+    """The word of `truth` that a step states; None for one that states another, or none at all."""
+    for task, word in zip(ASKED, truth, strict=True):
+        if world.chain_claim(task, step.thought) == (word,):
+            return word
+    return None
 
 
 def write_step_dataset(

@@ -85,8 +85,29 @@ ARMS = {arm.name: arm for arm in (*MAIN, *EXPLORATORY)}
 QUICK_ARMS = ("warm-start", "sft", "grpo", "scre-igsr")
 
 
-def arm(name: str) -> Arm:
+def _steps(name: str, title: str, kind: Literal["none", "grpo"] = "grpo", **chain: Any) -> Arm:
+    return Arm(name=name, title=title, kind=kind, method=chain, topic="Chain-of-Step")
+
+
+# Of `raise-core study --steps`, in another world. `method` is of `ChainOfStep`, whose PRM is the seed's own.
+# With share 0 and answer "text" the text score alone is the reward, a rule's 0 or 1: the PRM only watches.
+OUTCOME = "outcome"  # what the others are compared with
+STEP_ARMS = {
+    a.name: a
+    for a in (
+        _steps("warm-start", "warm start", "none"),
+        _steps(OUTCOME, "outcome 0/1", share=0.0, answer="text"),
+        _steps("share-0", "answer only", share=0.0),
+        _steps("share-0.2", "step + answer, 0.2", share=0.2),
+        _steps("share-0.5", "step + answer, 0.5", share=0.5),
+        _steps("share-1", "steps only", share=1.0),
+        _steps("per-step", "step + answer, 0.2, per step", share=0.2, per_step=1.0),
+    )
+}
+
+
+def arm(name: str, known: Mapping[str, Arm] = ARMS) -> Arm:
     """The arm of that name. UserError, with the known ones, if there is none."""
-    if name not in ARMS:
-        raise UserError(f"--arms {name}: unknown; known are {', '.join(ARMS)}")
-    return ARMS[name]
+    if name not in known:
+        raise UserError(f"--arms {name}: unknown; known are {', '.join(known)}")
+    return known[name]

@@ -47,7 +47,7 @@ def do(job: Job, work: Path, sizes: Sizes) -> Record:
     """Do a job on one thread and return what is to be kept; `work` holds data, weights and logs."""
     torch.set_num_threads(1)
     begun = time.process_time()
-    with _log(work / f"seed-{job.seed}" / (job.arm or "shared") / job.kind.replace(" ", "-")) as log:
+    with quiet_log(work / f"seed-{job.seed}" / (job.arm or "shared") / job.kind.replace(" ", "-")) as log:
         seed = _seed(work, job.seed, sizes)
         model = warm_start(work, seed, log)
         record: Record = {"arm": job.arm, "seed": job.seed}
@@ -61,12 +61,12 @@ def do(job: Job, work: Path, sizes: Sizes) -> Record:
 @functools.lru_cache(maxsize=1)
 def _seed(work: Path, seed: int, sizes: Sizes) -> Seed:
     """A process does the arms of a seed one after the other, and decodes its videos once."""
-    with tempfile.TemporaryDirectory() as folder, _log(Path(folder) / "log") as log:
+    with tempfile.TemporaryDirectory() as folder, quiet_log(Path(folder) / "log") as log:
         return open_seed(work, seed, sizes, log)
 
 
 @contextmanager
-def _log(folder: Path) -> Iterator[Logbook]:
+def quiet_log(folder: Path) -> Iterator[Logbook]:
     """A log that says nothing on the terminal; what an earlier, killed attempt left is removed."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -7,13 +7,15 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
 from ..errors import UserError
-from .sizes import Sizes
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 DIGITS = 4  # of every figure that is kept
 SETTINGS, COMPUTE = "settings.json", "compute.json"
@@ -26,8 +28,8 @@ class Results:
     def __init__(self, folder: Path, flag: str = "--results") -> None:
         self.folder, self.flag = folder, flag
 
-    def open(self, sizes: Sizes) -> None:
-        """Make the folder, or go on in it. UserError when its runs have other sizes."""
+    def open(self, sizes: "DataclassInstance") -> None:
+        """Make the folder, or go on in it. sizes: of its runs; UserError when they have others."""
         wanted, path = asdict(sizes), self.folder / SETTINGS
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

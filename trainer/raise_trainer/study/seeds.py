@@ -40,7 +40,7 @@ def open_seed(work: Path, seed: int, sizes: Sizes, log: Logbook) -> Seed:
         )  # fmt: skip
 
     if not root.exists():
-        _whole(root, write)
+        whole(root, write)
     config = sizes.demo(seed, out=log.out, data=root)
     data = prepare(config, log)
     tests = {"held_out": data.test}
@@ -59,7 +59,7 @@ def warm_start(work: Path, seed: Seed, log: Logbook) -> Any:
     path = work / f"seed-{seed.config.seed}" / "warm.safetensors"
     if not path.exists():
         model = train_warm_start(seed.data, seed.config, log)
-        _whole(path, lambda part: save_model(model, str(part)))
+        whole(path, lambda part: save_model(model, str(part)))
     model = tiny.build_model(seed.data.processor, seed=seed.config.seed)
     load_model(model, path)
     return model
@@ -71,7 +71,7 @@ def is_warm(work: Path, seed: int) -> bool:
     return (folder / "data").exists() and (folder / "warm.safetensors").exists()
 
 
-def _whole(path: Path, write: Callable[[Path], None]) -> None:
+def whole(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file or folder beside its place and move it there, so that what is there is whole."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)

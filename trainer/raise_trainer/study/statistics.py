@@ -1,6 +1,6 @@
 """Paired differences over seeds: Student's interval, and the smallest difference that could have been seen.
 
-A value of a seed is a mean over a thousand completions, so the differences over seeds are close to normal,
+A value of a seed is a mean over hundreds of completions, so the differences over seeds are close to normal,
 and for 8 of them Student's interval has its coverage. A percentile bootstrap of 8 values does not: it misses
 the factor n / (n - 1) in the variance and the tails of t, and covers about 90 % where 95 % are asked for.
 

@@ -40,6 +40,12 @@ class Found:
         chosen = self.seeds(name) if seeds is None else seeds
         return [self.by[name, s]["figures"][test][metric] for s in chosen]
 
+    def held_out(self, name: str, metric: str) -> list[float]:
+        """As values, without the seeds that gave no right (no wrong) answer to have a confidence."""
+        nothing = {"confidence_right": 0.0, "confidence_wrong": 1.0}.get(metric)
+        values = (self.values(name, "held_out", m) for m in (metric, "accuracy"))
+        return [value for value, accuracy in zip(*values, strict=True) if accuracy != nothing]
+
     def against(self, base: str, name: str, test: str, metric: str) -> Paired | None:
         """Difference to the base over the seeds that both have; None for the base itself, or without any."""
         seeds = self.seeds(base, name)
@@ -66,7 +72,7 @@ def table(head: Sequence[str], arms: Sequence[Arm], cells: Sequence[Cell], first
 
 
 def _mean(values: Sequence[float]) -> str:
-    return f"{plain.fmean(values):.3f}"
+    return f"{plain.fmean(values):.3f}" if values else ""
 
 
 def metric_table(found: Found, metric: str) -> str:
@@ -105,7 +111,7 @@ def consistency(found: Found) -> str:
     }  # fmt: skip
 
     def cell(metric: str) -> Cell:
-        return lambda a: _mean(found.values(a.name, "held_out", metric))
+        return lambda a: _mean(found.held_out(a.name, metric))
 
     return table(list(columns.values()), found.arms(MAIN), [cell(m) for m in columns], "held-out questions")
 
@@ -137,20 +143,26 @@ def smallest(found: Found) -> str:
     return "\n".join(lines)
 
 
+def base_of(arm: Arm) -> Arm:
+    """The arm of the main table that an exploratory one differs from in one thing."""
+    return ARMS[AGAINST if arm.method.get("reward") == "accuracy" else BASE]
+
+
 def exploratory(found: Found) -> str:
-    """Exploratory arms against the base with the same seeds, on held-out questions; "" when none has run."""
+    """Exploratory arms, each against its base with the same seeds, on held-out questions; "" without any."""
     arms = found.arms(EXPLORATORY)
     if not arms:
         return ""
     metrics = ("accuracy", "match", "confidence")
-    head = ["arm", *(m for name in metrics for m in (name, f"{name} − {ARMS[BASE].title}"))]
+    head = ["arm", "compared with", *(m for name in metrics for m in (name, f"{name}, difference"))]
     lines = ["| question | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for a in arms:
-        cells = [a.topic, f"{a.title} ({len(found.seeds(a.name))} seeds)"]
+        base = base_of(a)
+        cells = [a.topic, f"{a.title} ({len(found.seeds(a.name))} seeds)", base.title]
         for metric in metrics:
             cells += [
                 _mean(found.values(a.name, "held_out", metric)),
-                difference(found.against(BASE, a.name, "held_out", metric)),
+                difference(found.against(base.name, a.name, "held_out", metric)),
             ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
