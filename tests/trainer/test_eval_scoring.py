@@ -1,5 +1,6 @@
 """Both scorers on every fixture of benchmark_rows/, against scores computed by hand."""
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raise_trainer.benchmarks.extraction import extract
+from raise_trainer.benchmarks.extraction import extract, extract_video_r1
 from raise_trainer.benchmarks.load import load
 from raise_trainer.benchmarks.number_words import first_number
 from raise_trainer.benchmarks.official import relative_accuracy
@@ -185,6 +186,24 @@ def test_the_first_number_of_a_text(text: str, number: float | None) -> None:
 )
 def test_relative_accuracy_at_its_edges(got: float, wanted: float, accuracy: float) -> None:
     assert relative_accuracy(got, wanted) == accuracy
+
+
+OPEN, CLOSE = "<answer>", "</answer>"
+
+
+@given(st.lists(st.sampled_from([OPEN, CLOSE, " ", "\n", "A", "<", "answer>"]), max_size=8).map("".join))
+def test_video_r1_reads_what_its_regular_expression_finds(output: str) -> None:
+    found = re.search(r"<answer>\s*(.*?)\s*</answer>", output, re.DOTALL)
+    assert extract_video_r1(output) == ((found[1].strip() if found else "") or output)
+
+
+@pytest.mark.parametrize(
+    "said", [OPEN + "\n" * 100_000, "The answer" + " " * 100_000 + "is here", "answer\n \n" * 30_000 + "x"]
+)
+def test_blanks_without_end_are_scored_in_no_time(said: str) -> None:
+    """Each was minutes or hours: the time grew with the cube of the blanks."""
+    for row in ("0", "5"):
+        assert grade(questions("vsibench")[row], said).scores == {"video_r1": 0.0, "official": 0.0}
 
 
 @given(st.text(alphabet="<>/answerthik AB.,14-\n", max_size=80))
