@@ -33,6 +33,11 @@ class Arm:
         return not accuracy or bool(self.method.get("kl") or self.method.get("bonus", {}).get("grpo-care"))
 
     @property
+    def reads_own_answers(self) -> bool:
+        """Whether its learning, and not only what is logged, needs probabilities of the sampled answers."""
+        return self.method.get("reward") != "rlpr"  # which reads the gold answer's
+
+    @property
     def seeds(self) -> int:
         """How many seeds it is run with: 0, 1, …"""
         return EXPLORATORY_SEEDS if self.topic else MAIN_SEEDS
@@ -43,7 +48,7 @@ MAIN = (
     Arm(name="sft", title="continued SFT", kind="sft"),
     Arm(name="grpo", title="GRPO 0/1", method={"reward": "accuracy"}),
     Arm(name="grpo-care", title="GRPO-CARE", method={"reward": "accuracy", "bonus": {"grpo-care": 0.5}}),
-    Arm(name="rlpr", title="RLPR", method={"reward": "rlpr"}),
+    Arm(name="rlpr", title="RLPR", method={"reward": "rlpr"}, reference="policy"),
     Arm(name="scre", title="Video-RAISE, SCRE only", method={"reward": "scre"}),
     Arm(name="scre-igsr", title="Video-RAISE, IGSR paper", method={"reward": "scre-igsr"}),
     Arm(

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..grpo import Phases
 from ..logbook import Logbook
 from ..loop import run_sft
-from .arms import BASE, Arm
+from .arms import ARMS, BASE, Arm
 from .learning import learn_grpo
 from .seeds import Seed
 from .sizes import Sizes
@@ -68,6 +68,8 @@ def step_operations(arm: Arm, seed: Seed, model: Any, sizes: Sizes, log: Logbook
     with _countable():
         learn_grpo(arm, twin, seed.data, config, log, steps=steps, watch_kl=False, phases=phases)
     counts = {name: n / steps for name, n in phases.operations.items()}
+    if not arm.reads_own_answers:  # that pass is the base's own one, over the same prompts and draws
+        counts["score"] -= step_operations(ARMS[BASE], seed, model, sizes, log)["score"]
     return counts if arm.reads_reference else {k: v for k, v in counts.items() if k != "score"}
 
 
