@@ -220,10 +220,62 @@ def test_each_loader_names_what_is_wrong(
 def test_mvbench_times_that_are_no_times(tmp_path: Path) -> None:
     (tmp_path / "video/star/Charades_v1_480/ZZ001.mp4").mkdir(parents=True)
     row = json.loads((ROWS / "mvbench/json/action_sequence.json").read_text())[0]
-    write(tmp_path / "action_sequence.jsonl", [row | {"start": 3, "end": 1}, row | {"start": None}])
-    refused, whole = load("mvbench", tmp_path).items
-    assert isinstance(refused, Refused) and "start <= end" in refused.reason
+    bad = [
+        {"start": 3, "end": 1},
+        {"start": math.nan},
+        {"end": "2"},
+        {"fps": "3"},
+        {"start": None, "fps": -1},
+    ]
+    write(tmp_path / "action_sequence.jsonl", [*(row | change for change in bad), row | {"start": None}])
+    *refused, whole = load("mvbench", tmp_path).items
+    reasons = [item.reason for item in refused if isinstance(item, Refused)]
+    assert ["start <= end" in r for r in reasons] == [True, True, True, False, False]
+    assert ["above 0" in r for r in reasons] == [False, False, False, True, True]
     assert isinstance(whole, Question) and whole.clip == Clip(0.0, math.inf, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("video_r1/eval_vsibench.json", {"problem_type": ["multiple choice"]}, "problem_type"),
+        ("video_r1/eval_vsibench.json", {"problem": "how many \ud83d?"}, "surrogate"),
+        ("video_r1/eval_vsibench.json", {"options": ["A. \udc00"]}, "surrogate"),
+        ("vsibench/test.jsonl", {"id": "\ud800", "question_type": "\ud800"}, "surrogate"),
+        ("mvbench/json/action_sequence.json", {"\ud800": 1}, "surrogate"),
+    ],
+)
+def test_no_row_stops_an_evaluation(name: str, changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    text = (ROWS / name).read_text()
+    row = json.loads(text)[0] if text.startswith("[") else json.loads(text.splitlines()[0])
+    file = tmp_path / Path(name).with_suffix(".jsonl").name
+    write(file, [row | changes, row])
+    bench = Path(name).stem.removeprefix("eval_") if "video_r1" in name else name.partition("/")[0]
+    first, second = load(bench, tmp_path).items
+    assert isinstance(first, Refused) and reason in first.reason and isinstance(second, Question)
+    json.dumps([first.id, first.task, first.video, first.reason], ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("name", ["mvbench/json/action_sequence.json", "videomme/test.jsonl"])
+def test_a_video_name_that_the_file_system_refuses_is_a_video_that_is_not_there(
+    name: str, tmp_path: Path
+) -> None:
+    text = (ROWS / name).read_text()
+    row = json.loads(text)[0] if text.startswith("[") else json.loads(text.splitlines()[0])
+    write(
+        tmp_path / Path(name).with_suffix(".jsonl").name, [row | {"video": "v" * 300, "videoID": "v" * 300}]
+    )
+    (item,) = load(name.partition("/")[0], tmp_path).items
+    assert isinstance(item, Question) and item.video.count("v") >= 300
+
+
+def test_fields_that_are_not_the_schemas_are_passed_over(tmp_path: Path) -> None:
+    """As in a file that Video-R1's evaluation wrote: its scores, chains and outputs."""
+    row = json.loads((ROWS / "video_r1/eval_vsibench.json").read_text())[0]
+    more = {"reward": 1.0, "correct": True, "process": None, "answer": 4, "steps": 3, "data_source": None}
+    write(tmp_path / "eval_vsibench.jsonl", [row | more])
+    (item,) = load("vsibench", tmp_path).items
+    assert isinstance(item, Question) and (item.reward, item.process) == ("", "")
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

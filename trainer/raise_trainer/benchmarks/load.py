@@ -1,5 +1,6 @@
 """Benchmarks by name: their files in a local folder to questions, in order; nothing is left out."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from .records import find, fingerprint, read
 from .settings import Source
 
 Item = Question | Refused
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ def _item(
     root: Path,
     is_r1: bool,
 ) -> Item:
+    if not isinstance(raw, BadRow) and not _is_text(raw):
+        raw = BadRow(f"row {number}: holds half of a surrogate pair, which is no text; mend it")
     try:
         if isinstance(raw, BadRow):
             raise raw
@@ -164,6 +168,15 @@ def _item(
     except BadRow as error:
         row_id, video = str(made.row["problem_id"]), str(made.row.get("path", ""))
         return Refused(row_id, name, place, made.task, video or f"row {place}", str(error))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether every string in a row can be written; JSON can name characters that cannot."""
+    if isinstance(value, Mapping):
+        return all(map(_is_text, (*value, *value.values())))
+    if isinstance(value, list):
+        return all(map(_is_text, value))
+    return not isinstance(value, str) or _HALF.search(value) is None
 
 
 def _refused(

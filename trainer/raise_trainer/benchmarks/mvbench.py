@@ -5,13 +5,14 @@ differ in the folders: one holds whole videos and folders of pictures, of which 
 (revision `video`) the parts themselves.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadRow
 from .clips import Clip
-from .questions import Draft, choice_row, lettered, text_of
+from .questions import Draft, choice_row, is_there, lettered, text_of
 
 PICTURE_RATE = 3.0  # pictures per second of TVQA's folders
 _STAR = (("star/Charades_segment", False), ("star/Charades_v1_480", True))
@@ -62,15 +63,20 @@ def _video(root: Path, task: str, name: str) -> tuple[str, bool]:
     places = [
         (f"{above}{folder}/{name}", timed) for folder, timed in VIDEOS[task] for above in ("video/", "")
     ]
-    return next((place for place in places if (root / place[0]).exists()), places[0])
+    return next((place for place in places if is_there(root / place[0])), places[0])
 
 
-def _clip(raw: Mapping[str, Any]) -> Clip | None:
-    start, end = raw.get("start"), raw.get("end")
-    rate = raw.get("fps") or PICTURE_RATE
+def _clip(raw: Mapping[str, Any]) -> Clip:
+    """The part that a row names; all of the video where it names none."""
+    start, end, rate = raw.get("start"), raw.get("end"), raw.get("fps") or PICTURE_RATE
     if start is None or end is None:
-        return Clip(rate=float(rate))
-    times = (start, end, rate)
-    if not all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in times) or start > end:
-        raise BadRow(f"start {start!r}, end {end!r}, fps {rate!r}: expected numbers, start <= end")
+        start, end = 0.0, math.inf
+    elif not (_is_time(start) and _is_time(end) and start <= end):
+        raise BadRow(f"start {start!r}, end {end!r}: expected finite numbers, start <= end; mend the row")
+    if not (_is_time(rate) and rate > 0):
+        raise BadRow(f"fps {rate!r}: expected a number above 0; mend the row")
     return Clip(float(start), float(end), float(rate))
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

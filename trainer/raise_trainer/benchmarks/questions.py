@@ -84,6 +84,14 @@ def text_of(raw: Mapping[str, Any], *keys: str) -> str:
     raise BadRow(f"no `{'` or `'.join(keys)}` in the row; is it this benchmark's file?")
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path exists; False also for a name that the file system refuses."""
+    try:
+        return path.exists()
+    except OSError:  # a name too long
+        return False
+
+
 def lettered(options: Any) -> list[str]:
     """Options as "A. text"; those that carry their letters already keep them. BadRow for anything else."""
     if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):

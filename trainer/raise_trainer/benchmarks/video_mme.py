@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .questions import Draft, choice_row, lettered, text_of
+from .questions import Draft, choice_row, is_there, lettered, text_of
 
 FILES = {"": ("videomme", "test")}
 
@@ -24,4 +24,4 @@ def draft(raw: Mapping[str, Any], label: str, number: int, root: Path) -> Draft:
 
 def _video(root: Path, name: str) -> str:
     places = [f"{folder}{name}{end}" for folder in ("data/", "") for end in (".mp4", ".MP4", ".mkv")]
-    return next((place for place in places if (root / place).is_file()), places[0])
+    return next((place for place in places if is_there(root / place)), places[0])

@@ -10,6 +10,8 @@ _RULES: dict[str, Rule] = {
     "multiple choice": "choice", "numerical": "open", "regression": "number", "OCR": "open",
     "free-form": "open",
 }  # fmt: skip
+# What is read of a row; other fields, say the score of an output that is kept with it, are not the schema's.
+KEYS = ("problem", "data_type", "problem_type", "options", "solution", "references", "path", "data_source")
 TASK_KEYS = ("question_type", "original_question_type", "task", "data_source", "problem_type")
 
 
@@ -20,11 +22,11 @@ def draft(raw: Mapping[str, Any], bench: str, number: int) -> Draft:
     its relative error, whatever the problem type.
     """
     row_id, kind = raw.get("problem_id", raw.get("id", number)), raw.get("problem_type")
-    if kind not in _RULES:
+    if not isinstance(kind, str) or kind not in _RULES:
         raise BadRow(f"row {row_id}: problem_type {kind!r}, expected one of {', '.join(_RULES)}")
-    row = {**raw, "problem_id": row_id}
+    row = {key: raw[key] for key in KEYS if raw.get(key) is not None} | {"problem_id": row_id}
     if isinstance(raw.get("path"), str):
         row["path"] = raw["path"].lstrip("/")
     task = next(raw[key] for key in TASK_KEYS if isinstance(raw.get(key), str) and raw[key])
     is_number = bench == "vsibench" and kind == "numerical"
-    return Draft(row, task, "number" if is_number else _RULES[str(kind)])
+    return Draft(row, task, "number" if is_number else _RULES[kind])
