@@ -17,7 +17,7 @@ from raise_trainer import cli, tiny
 from raise_trainer.chain_judge import Judged
 from raise_trainer.dpo.config import DpoConfig, load_dpo_config
 from raise_trainer.dpo.paths import round_rows
-from raise_trainer.dpo.run import run_dpo
+from raise_trainer.dpo.run import run_dpo, training_of
 from raise_trainer.dpo.step import Pair, best_and_worst, dpo_step
 from raise_trainer.errors import UserError
 from tests.budget import assert_as_exact_as_fp32
@@ -115,7 +115,7 @@ def test_a_run_is_stopped_and_goes_on(world: Path, tmp_path: Path, capsys: Any) 
         assert pair["gap"] == path["rewards"][path["best"]] - min(path["rewards"]) > 0
     assert "pairs of 6 questions" in capsys.readouterr().out
 
-    # Killed while sampling the first round, and once more before its training was done.
+    # Killed while sampling the first round, once more before its training was done, and moved.
     again = config(world, tmp_path / "again", rounds=1)
     run_dpo(again)
     part = tmp_path / "again/round-1"
@@ -125,8 +125,10 @@ def test_a_run_is_stopped_and_goes_on(world: Path, tmp_path: Path, capsys: Any) 
     (part / "paths.jsonl").write_text("".join(text[:3]) + text[3][:20])
     for kept in sorted((part / "train/checkpoints").iterdir())[1:]:
         shutil.rmtree(kept)
-    more = run_dpo(config(world, tmp_path / "again"))
-    assert more is not None
+    shutil.move(tmp_path / "again", tmp_path / "moved")
+    part = tmp_path / "moved/round-1"
+    more = run_dpo(config(world, tmp_path / "moved"))
+    assert more is not None and "goes on after step 2 from" in capsys.readouterr().out
     assert (part / "pairs-0.jsonl").read_bytes() == (first / "pairs-0.jsonl").read_bytes()
     assert (more / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -186,6 +188,31 @@ def test_rows_of_a_round(world: Path, tmp_path: Path) -> None:
     one, two = round_rows(some, 1, 10), round_rows(some, 2, 10)
     assert len(one) == len(two) == 4 and not set(one) & set(two)
     assert round_rows(config(world, tmp_path), 3, 5) == [0, 1, 2, 3, 4]
+
+
+def test_steps_of_a_round(world: Path, tmp_path: Path) -> None:
+    def made(count: int, **other: Any) -> tuple[int, int]:
+        training = training_of(config(world, tmp_path, **other), "m", tmp_path, count)
+        return training.prompts, training.steps
+
+    (tmp_path / "pairs-0.jsonl").write_text("{}\n")
+    assert made(40, pairs=32) == (32, 2) and made(64, pairs=32, epochs=2) == (32, 4)
+    assert made(5, pairs=32) == (5, 1) and made(5, pairs=32, epochs=3) == (15, 1)
+
+
+def test_settings_of_a_folder(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no pair"):
+        run_dpo(config(world, tmp_path, max_new_tokens=2))
+    file = tmp_path / "config.yaml"
+    kept = [line for line in file.read_text().splitlines() if not line.startswith("epochs")]
+    file.write_text("\n".join(kept))  # as of a version that had no such setting
+    with pytest.raises(UserError, match="its run has epochs=1, this one 2"):
+        run_dpo(config(world, tmp_path, max_new_tokens=2, epochs=2))
+    with pytest.raises(UserError, match="no pair"):
+        run_dpo(config(world, tmp_path, max_new_tokens=2))
+    file.write_text("model: [")
+    with pytest.raises(UserError, match=r"config\.yaml: not YAML"):
+        run_dpo(config(world, tmp_path, max_new_tokens=2))
 
 
 def test_settings_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -1,7 +1,7 @@
 """`raise-core train` and `raise-core sft`: a run that can be killed, and goes on where its checkpoint is."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -103,11 +103,17 @@ def _due(before: int, after: int, every: int) -> bool:
 
 @contextmanager
 def opened(
-    config: TrainConfig, kind: str, *, with_reference: bool, accept_changes: bool = False
+    config: TrainConfig,
+    kind: str,
+    *,
+    with_reference: bool,
+    accept_changes: bool = False,
+    may_change: Sequence[str] = FREE,
 ) -> Iterator[tuple[Run, Any]]:
     """A new run, or one that goes on from its newest whole checkpoint. Also gives the reference, or None.
 
     accept_changes: go on although settings or data are not the checkpoint's; else that is ResumeRefused.
+    may_change: settings that are not compared.
     """
     from accelerate import PartialState
 
@@ -139,7 +145,7 @@ def opened(
         best = "max" if config.eval_data else None
         checkpoints = Checkpoints(log.out / "checkpoints", keep_best=best, say=log.say)
         on_change = "accept" if accept_changes else "refuse"
-        resumed = checkpoints.resume(state, on_change=on_change, may_change=FREE)
+        resumed = checkpoints.resume(state, on_change=on_change, may_change=may_change)
         share(lambda: _write_settings(config, kind))  # a refused run leaves the settings of the one before
         for name in LOGS:
             share(partial(truncate_log, log.out / name, state.step))

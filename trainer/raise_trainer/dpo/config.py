@@ -53,7 +53,7 @@ class DpoConfig(BaseModel):
     nll_weight: Weight = 1.0
     """weight of the chosen path's mean negative log-probability; 0 leaves it out"""
     pairs: Count = 32
-    """pairs in an optimiser step"""
+    """pairs in an optimiser step, or as many as a round has"""
     epochs: Count = 1
     """times each pair is used in its round"""
     lr: Positive = 1e-6

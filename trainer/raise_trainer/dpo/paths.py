@@ -189,7 +189,7 @@ def _write_pairs(folder: Path, source: RowSource, rows: Sequence[int]) -> None:
         texts[source.files.index(file)].append(json.dumps(row | {"gap": gap}, ensure_ascii=False) + "\n")
     for i, lines in enumerate(texts):
         if lines:
-            _replace(folder / f"pairs-{i}.jsonl", "".join(lines))
+            replace_text(folder / f"pairs-{i}.jsonl", "".join(lines))
     counts = Counter(done[number]["kind"] for number in rows)
     rewards = [r for n in rows for r in done[n].get("rewards", [])]
     mean = sum(rewards) / max(len(rewards), 1)
@@ -200,10 +200,11 @@ def _write_pairs(folder: Path, source: RowSource, rows: Sequence[int]) -> None:
         "too_long": sum(done[n].get("too_long", 0) for n in rows),
         "why": next((done[n]["why"] for n in rows if "why" in done[n]), None),
     }
-    _replace(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    replace_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
-def _replace(file: Path, text: str) -> None:
+def replace_text(file: Path, text: str) -> None:
+    """Write a file whole, or leave the one before."""
     part = file.with_suffix(".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, file)

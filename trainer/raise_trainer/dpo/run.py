@@ -4,8 +4,6 @@ import gc
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import raise_core as rc
 
 from .. import ranks
@@ -17,9 +15,10 @@ from ..grpo import Phases
 from ..logbook import Logbook
 from ..row_files import RowSource
 from ..train import opened, report_step
-from ..train_config import TrainConfig, as_yaml
+from ..train_config import FREE as TRAINING_FREE
+from ..train_config import TrainConfig, as_yaml, read_settings
 from .config import FREE, DpoConfig
-from .paths import pairs_of_round
+from .paths import pairs_of_round, replace_text
 from .step import Pair, dpo_step
 
 
@@ -72,18 +71,19 @@ def _open(config: DpoConfig) -> None:
     file = config.out / "config.yaml"
     try:
         if file.is_file():
-            before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-            now = config.model_dump(mode="json")
-            for name, value in now.items():
-                if name not in FREE and before.get(name) != value:
+            before = read_settings(file)
+            for name, value in config.model_dump(mode="json").items():
+                # A run of a version without a setting had what is now its default.
+                had = before.get(name, DpoConfig.model_fields[name].default)
+                if name not in FREE and had != value:
                     raise UserError(
-                        f"out {config.out}: its run has {name}={before.get(name)!r}, this one {value!r}; "
+                        f"out {config.out}: its run has {name}={had!r}, this one {value!r}; "
                         "name another folder, or go on with the same settings"
                     )
-        elif config.out.is_dir() and any(config.out.iterdir()):
+        elif config.out.is_dir() and any(one.name != "config.part" for one in config.out.iterdir()):
             raise UserError(f"out {config.out}: holds something that is no run; name another folder")
         config.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"# raise-core dpo\n{as_yaml(config)}", encoding="utf-8")
+        replace_text(file, f"# raise-core dpo\n{as_yaml(config)}")
     except OSError as error:
         raise UserError(
             f"out {config.out}: cannot be written ({error.strerror}); name another folder"
@@ -91,7 +91,10 @@ def _open(config: DpoConfig) -> None:
 
 
 def training_of(config: DpoConfig, model: str, folder: Path, pairs: int) -> TrainConfig:
-    """The training run of a round: the rows that have a pair, each with the settings of its data file."""
+    """The training run of a round: the rows that have a pair, each with the settings of its data file.
+
+    A step has no more pairs than there are; the last one is filled up with pairs of the next epoch.
+    """
     files = [
         file.model_copy(
             update={"path": folder / f"pairs-{i}.jsonl", "root": (file.root or file.path.parent).resolve()}
@@ -99,10 +102,11 @@ def training_of(config: DpoConfig, model: str, folder: Path, pairs: int) -> Trai
         for i, file in enumerate(config.data)
         if (folder / f"pairs-{i}.jsonl").is_file()
     ]
+    used = pairs * config.epochs
+    a_step = max(min(config.pairs, used), ranks.size())
     return config.training(
-        model=model, out=str(folder / "train"), prompts=config.pairs,
+        model=model, out=str(folder / "train"), prompts=a_step, steps=-(-used // a_step),
         data=[file.model_dump(mode="json") for file in files],
-        steps=-(-pairs * config.epochs // config.pairs),
     )  # fmt: skip
 
 
@@ -112,7 +116,9 @@ def _train(config: DpoConfig, number: int, model: str, folder: Path, pairs: int)
     kept = Checkpoints(training.out / "checkpoints")
     if (latest := kept.latest()) is not None and about(latest)["step"] >= training.steps:
         return latest / "model"
-    with opened(training, "dpo", with_reference=True) as (run, reference):
+    # `out` may have moved with all that is in it; the bytes of the data are compared all the same.
+    moved = (*TRAINING_FREE, "data", "model")
+    with opened(training, "dpo", with_reference=True, may_change=moved) as (run, reference):
         policy, phases = run.policy, Phases()
         scorer = rc.Scorer(policy.model, max_tokens=config.micro_tokens)
         confidant = rc.Scorer(reference.model, max_tokens=config.micro_tokens)
