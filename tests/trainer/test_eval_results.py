@@ -154,8 +154,16 @@ def test_questions_of_one_video_do_not_make_the_interval_narrow() -> None:
 
 def test_one_video_has_no_interval_and_equal_values_have_one_of_no_width() -> None:
     assert means_of(np.array([1.0, 0.0]), ["a", "b"], ["v", "v"]).sample.low is None
-    same = means_of(np.array([1.0, 1.0]), ["a", "b"], ["v", "w"])
+    same = means_of(np.array([1.0, 1.0]), ["a", "a"], ["v", "w"])
     assert (same.sample.low, same.macro.high, same.tasks["a"].low) == (1.0, 1.0, 1.0)
+
+
+def test_a_task_about_one_video_has_no_interval() -> None:
+    """Resampled videos bring all of its questions or none: each mean is the same, which says nothing."""
+    found = means_of(np.array([1.0, 0.0, 1.0, 0.0]), ["a", "a", "b", "b"], ["v", "v", "v", "w"])
+    assert (found.tasks["a"].mean, found.tasks["a"].low, found.tasks["a"].high) == (0.5, None, None)
+    assert (found.tasks["b"].low, found.tasks["b"].high) == (0.0, 1.0)
+    assert found.macro.low is not None and found.sample.low is not None
 
 
 ROW = st.tuples(st.floats(0, 1), st.sampled_from("ab"), st.sampled_from("xyz"))

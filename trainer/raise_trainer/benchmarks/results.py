@@ -16,7 +16,10 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean in [0, 1] and its 95 % bootstrap interval over videos; no interval (None) for one video."""
+    """A mean in [0, 1] and its 95 % bootstrap interval over videos.
+
+    No interval (None) where all questions are about one video, also those of one task.
+    """
 
     mean: float
     low: float | None = None
@@ -168,7 +171,11 @@ def means_of(
             weights = np.stack([np.bincount(d, minlength=len(clusters)) for d in drawn]).astype(float)
             parts.append(_figures(weights @ sums, weights @ counts, groups))
         found = np.concatenate(parts)
-    made = [_estimate(float(mean), column) for mean, column in zip(whole, found.T, strict=True)]
+    videos_of = [len(clusters), len(clusters), *np.count_nonzero(counts, 0)]
+    made = [
+        _estimate(float(mean), column if n > 1 else column[:0])
+        for mean, column, n in zip(whole, found.T, videos_of, strict=True)
+    ]
     return Means(made[0], made[1], dict(zip(names, made[2:], strict=True)))
 
 
