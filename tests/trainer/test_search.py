@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,17 @@ def test_beam_search(how: tuple[Generation, ChainJudge, Any]) -> None:
     assert all(tokens == len(beam.ids) for beam, tokens in single)
 
 
-def test_beam_search_without_room(how: tuple[Generation, ChainJudge, Any]) -> None:
-    from dataclasses import replace
+def test_tokens_of_a_question_do_not_hang_on_the_batch(how: tuple[Generation, ChainJudge, Any]) -> None:
+    generation, judge, builder = how
+    generation = replace(generation, max_new_tokens=40, temperature=1.8)  # beams of many lengths, cut off
+    prompts = [builder(parse_row(i, chain_world.question(i), Path("."))) for i in range(4)]
+    found = beam_search(generation, judge, prompts, [0, 1, 2, 3], 4, keep=2)
+    for i, (beam, sampled) in enumerate(found):
+        ((same, as_many),) = beam_search(generation, judge, prompts[i : i + 1], [i], 4, keep=2)
+        assert beam.ids == same.ids and sampled == as_many
 
+
+def test_beam_search_without_room(how: tuple[Generation, ChainJudge, Any]) -> None:
     generation, judge, builder = how
     prompt = builder(parse_row(0, chain_world.question(0), Path(".")))
     ((beam, sampled),) = beam_search(replace(generation, max_new_tokens=5), judge, [prompt], [0], 3)

@@ -104,8 +104,9 @@ def beam_search(
         found: list[dict[tuple[int, ...], bool]] = [{} for _ in prompts]
         for (q, beam), group in zip(who, made.groups, strict=True):
             for more in group:
-                searches[q].tokens += len(more)
+                # Another beam's room may be larger, and what is sampled beyond one's own is not its cost.
                 ids = (*beam.ids, *more)[: how.max_new_tokens]
+                searches[q].tokens += len(ids) - len(beam.ids)
                 found[q][ids] = ids[-1] != how.step_close or len(ids) == how.max_new_tokens
         groups = [[list(ids) for ids in some] for some in found]
         scored = judge([p.inputs for p in prompts], groups, seen)
