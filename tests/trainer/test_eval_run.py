@@ -25,6 +25,7 @@ from raise_trainer.benchmarks.clips import Clip, ClipRequest, decode_clip
 from raise_trainer.benchmarks.command import settings_of
 from raise_trainer.benchmarks.run import evaluate
 from raise_trainer.benchmarks.settings import EvalSettings
+from raise_trainer.benchmarks.stamps import WHOLE, model_stamp
 from raise_trainer.clips import write_mp4
 from raise_trainer.demo import save_model
 from raise_trainer.errors import BadMedia, UserError
@@ -106,6 +107,46 @@ def test_nothing_is_asked_twice_and_other_settings_are_refused(folder: Path, tmp
         with (other / "vsibench/test.jsonl").open("a") as file:
             file.write("\n")
         run(replace(given, data=other))
+
+
+def test_answers_of_an_edited_template_or_of_weights_trained_on_are_not_mixed(
+    folder: Path, tmp_path: Path
+) -> None:
+    model, template = tmp_path / "model", tmp_path / "t.yaml"
+    shutil.copytree(folder / "model", model)
+    template.write_text("text: '{question}{options}'")
+    given = replace(
+        settings(folder, tmp_path / "out", "--limit", 1), model=str(model), template=str(template)
+    )
+    run(given)
+    template.write_text("text: 'Look. {question}{options}'")
+    with pytest.raises(UserError, match="template_text was"):
+        run(given)
+    template.write_text("text: '{question}{options}'  # the same")
+    run(given)
+    processor = tiny.build_processor()
+    save_model(tiny.build_model(processor, seed=1), processor, model)
+    with pytest.raises(UserError, match="model_files was"):
+        run(given)
+
+
+def test_the_stamp_of_a_large_file_is_of_pieces_from_its_beginning_to_its_end(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    whole = bytearray(WHOLE + 7)
+
+    def stamped(place: int) -> str:
+        changed = whole.copy()
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        return model_stamp(str(tmp_path))
+
+    file.write_bytes(whole)
+    plain = model_stamp(str(tmp_path))
+    stamps = {stamped(place) for place in (0, len(whole) // 2, len(whole) - 1)}
+    assert len(stamps) == 3 and plain not in stamps
+    file.write_bytes(whole + b"x")
+    assert model_stamp(str(tmp_path)) not in {plain, *stamps}
+    assert model_stamp("Some/Model") == ""
 
 
 def test_a_process_without_a_question_waits_for_the_others(

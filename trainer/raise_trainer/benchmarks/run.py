@@ -30,6 +30,7 @@ from .questions import Question
 from .results import Result, summarise
 from .scoring import grade
 from .settings import SCORERS, EvalSettings
+from .stamps import model_stamp, template_stamp
 
 WAIT = timedelta(days=2)  # processes with little to do wait for the others; by default they give up soon
 
@@ -63,8 +64,7 @@ def evaluate(settings: EvalSettings, console: Console | None = None) -> list[Res
 
     device = PartialState(timeout=WAIT).device
     loaded = [load(n, settings.data, source=settings.source, limit=settings.limit) for n in settings.bench]
-    files = {one.name: [one.source, one.fingerprint] for one in loaded}
-    share(lambda: check_settings(settings.out, settings.made_by(files)))
+    share(lambda: check_settings(settings.out, _made_by(settings, loaded)))
     log = Logbook(settings.out, console, silent=ranks.rank() > 0)
     for one in loaded:
         if one.missing:
@@ -81,6 +81,12 @@ def evaluate(settings: EvalSettings, console: Console | None = None) -> list[Res
     ranks.gather(None)
     answers = read_answers(settings.out)
     return [summarise(one, answers, settings.samples, SCORERS[settings.scorer]) for one in loaded]
+
+
+def _made_by(settings: EvalSettings, loaded: Sequence[Loaded]) -> dict[str, Any]:
+    files = {one.name: [one.source, one.fingerprint] for one in loaded}
+    stamps = {"model_files": model_stamp(settings.model), "template_text": template_stamp(settings.template)}
+    return settings.made_by(files) | stamps
 
 
 def find_pending(
