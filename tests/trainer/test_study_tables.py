@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from raise_trainer.study import tables
 from raise_trainer.study.arms import ARMS, EXPLORATORY, MAIN
+from raise_trainer.study.figures import CURVES, FIGURES, plt
 from raise_trainer.study.world_shift import TEST_SETS
 
 METRICS = ("accuracy", "answer", "match", "confidence", "confidence_right", "confidence_wrong")
@@ -60,3 +64,27 @@ def test_a_seed_without_a_right_answer_has_no_confidence_in_right_ones() -> None
     table = tables.consistency(found)
     assert cells(table, ARMS["grpo"].title)[-2:] == ["0.900", "0.300"]
     assert cells(table, ARMS["sft"].title)[-2:] == ["0.700", ""]
+
+
+@pytest.mark.parametrize("seeds", [1, 8])
+def test_a_drawing_names_every_arm_beside_its_points(
+    seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the points lie, neither the names nor another axis' labels are drawn over them."""
+    records = [
+        record(arm.name, seed, accuracy=i / 8, match=1 - i / 8 + seed / 99)
+        | {"curve": {name: [0.1 * i, 0.2] for name, _ in CURVES} if arm.kind == "grpo" else {}}
+        for i, arm in enumerate(MAIN)
+        for seed in range(seeds)
+    ]
+    drawn: list[Any] = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    for name, draw in FIGURES.items():
+        draw(tables.Found(records), tmp_path / f"{name}.svg")
+        figure = drawn.pop()
+        figure.draw_without_rendering()  # boxes at its own resolution, not at the file's
+        (legend,) = figure.legends
+        wanted = MAIN if len(figure.axes) == 1 else [a for a in MAIN if a.kind == "grpo"]
+        assert [text.get_text() for text in legend.get_texts()] == [a.title for a in wanted]
+        boxes = [one.get_tightbbox() for one in (legend, *figure.axes)]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

@@ -10,6 +10,7 @@ from .arms import MAIN
 from .tables import Found
 
 COLOURS = ("#555555", "#c9a227", "#c8553d", "#3d8fb8", "#8a5ca8", "#7a4b2a", "#2a7f62", "#1f3a5f")
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<")  # for those who cannot tell the colours apart
 CURVES = (  # of the runs' curves, with the unit on the axis
     ("accuracy", "accuracy of the step's completions"),
     ("match", "Match of the step's completions"),
@@ -24,16 +25,16 @@ WINDOW = 7  # steps of the running mean
 def scatter(found: Found, path: Path) -> None:
     """Accuracy against Match: every seed pale, its arm's mean on top."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(6.8, 4.4), layout="constrained")
-        for arm, colour in zip(MAIN, COLOURS, strict=True):
+        figure, axis = plt.subplots(figsize=(8.6, 4.4), layout="constrained")
+        for arm, colour, marker in zip(MAIN, COLOURS, MARKERS, strict=True):
             x, y = (found.values(arm.name, "held_out", m) for m in ("accuracy", "match"))
             if x:
-                axis.scatter(x, y, color=colour, alpha=0.3, s=14, linewidths=0)
+                axis.scatter(x, y, color=colour, marker=marker, alpha=0.3, s=16, linewidths=0)
                 mean = (sum(x) / len(x), sum(y) / len(y))
-                axis.scatter(*mean, color=colour, s=54, label=arm.title, zorder=3)
+                axis.scatter(*mean, color=colour, marker=marker, s=64, label=arm.title, zorder=3)
         axis.set_xlabel("held-out accuracy, sampled at temperature 1")
         axis.set_ylabel("Match: the answer follows from the chain")
-        axis.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside right upper", frameon=False)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
