@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ from raise_trainer.errors import BadMedia, UserError
 from raise_trainer.media.sampling import Sampling
 from raise_trainer.media.video import decode
 from tests.budget import assert_as_exact_as_fp32
+from tests.trainer import media_cases as cases
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = Path(__file__).with_name("benchmark_rows")
@@ -247,6 +249,16 @@ def test_a_clip_is_those_frames_of_the_file(folder: Path) -> None:
         decode_clip(ClipRequest(path, sampling, clip=Clip(1.0, 1.0)))
     with pytest.raises(BadMedia, match="0 of its"):
         decode_clip(ClipRequest(path, sampling, clip=Clip(100.0, 101.0)))
+
+
+def test_a_file_cut_short_shows_the_clips_that_are_whole_and_refuses_the_others(tmp_path: Path) -> None:
+    path = cases.write(tmp_path / "a.mkv", cases.pictures())  # 2 s
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    whole = decode_clip(ClipRequest(path, Sampling(frames=4), clip=Clip(0.0, 0.5)))
+    assert (whole.indices[0], whole.total) == (0, 16)
+    for end in (1.9, math.inf):
+        with pytest.raises(BadMedia, match=r"cut short at 1\.\d of 2\.0 s, before the clip's end"):
+            decode_clip(ClipRequest(path, Sampling(frames=4), clip=Clip(0.5, end)))
 
 
 def test_pictures_of_a_folder_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:

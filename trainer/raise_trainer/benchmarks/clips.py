@@ -11,7 +11,7 @@ from ..media.decoders import choose
 from ..media.images import decode_image
 from ..media.probe import check_file, check_sides, probe
 from ..media.sampling import TEMPORAL_PATCH
-from ..media.video import Decoded, Request, decode
+from ..media.video import SLACK_SECONDS, Decoded, Request, decode
 
 DECODE = f"{__name__}:decode_clip"
 PICTURES = {".jpg", ".jpeg", ".png"}
@@ -44,9 +44,16 @@ def decode_clip(request: Request) -> Decoded:
         return _pictures(request)
     path = request.path
     check_file(path)
-    with choose(request.decoder, probe(path).container, path).open(path) as video:
+    about = probe(path)
+    with choose(request.decoder, about.container, path).open(path) as video:
         if not 0 < video.fps < math.inf:
             raise BadMedia(f"{path}: no frame rate ({video.fps}); re-encode it or drop the row")
+        wanted = min(request.clip.end, about.promised_seconds)
+        if video.end < wanted - SLACK_SECONDS - 2 / video.fps:
+            raise BadMedia(
+                f"{path}: cut short at {video.end:.1f} of {about.promised_seconds:.1f} s, before the clip's "
+                f"end at {wanted:.1f} s; download it again or drop the row"
+            )
         first, total = _part(request, video.fps, video.total)
         indices = request.sampling.indices(total, video.fps)
         pixels = video.pixels([first + i for i in indices])
