@@ -21,7 +21,7 @@ from raise_trainer.search.beam import Generation, beam_search
 from raise_trainer.search.run import Search, run_search
 from raise_trainer.search.votes import accuracy, answer_key, best, curves, majority, tokens
 from tests.budget import assert_as_exact_as_fp32
-from tests.trainer import chain_world
+from tests.trainer import chain_world, media_cases
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -189,6 +189,26 @@ def test_the_command(world: Path, tmp_path: Path, capsys: Any) -> None:
     assert cli.COMMANDS["search"](given) == 0
     said = capsys.readouterr().out
     assert "self-consistency" in said and (tmp_path / "a.svg").is_file()
-    for flag, value in (("--n", "0"), ("--keep", "0"), ("--step-share", "1.5")):
+    wrong = (
+        ("--n", "0"), ("--keep", "0"), ("--step-share", "1.5"), ("--figure", "a.txt"),
+        ("--figure", str(tmp_path / "a.jsonl")),
+    )  # fmt: skip
+    for flag, value in wrong:
         with pytest.raises(UserError, match=flag):
             cli.COMMANDS["search"]([*given, flag, value])
+
+
+def test_media_of_another_folder_are_kept_decoded(world: Path, tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    media.mkdir()
+    media_cases.write(media / "a.mp4", media_cases.pictures(4, 32, 32))
+    row = chain_world.question(0) | {"data_type": "video", "path": "a.mp4"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    given = {"data": str(tmp_path / "rows.json"), "counts": (1,)}
+    with pytest.raises(UserError, match=r"a\.mp4"):
+        wanted = (*search(world, tmp_path).settings, "on_bad_media=fail")
+        run_search(search(world, tmp_path / "none.jsonl", **given, settings=wanted))
+    kept = (*search(world, tmp_path).settings, f"frame_cache={tmp_path / 'cache'}", "frames=2")
+    run_search(search(world, tmp_path / "a.jsonl", **given, root=media, settings=kept))
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 1
+    assert any(one.is_file() for one in (tmp_path / "cache").rglob("*"))

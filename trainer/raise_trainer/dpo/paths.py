@@ -18,6 +18,7 @@ from .. import ranks
 from ..chain_judge import ChainJudge, Judged
 from ..checkpoints.ranks import share
 from ..errors import BadMedia, BadRow, UserError
+from ..feed import CACHE_BYTES
 from ..json_lines import append_json_lines, drop_torn_line, read_json_lines
 from ..logbook import Logbook
 from ..media.cache import FrameCache
@@ -31,7 +32,6 @@ from ..sampler import RowSampler
 from .config import DpoConfig
 from .step import best_and_worst
 
-CACHE_BYTES = 1 << 36  # 64 GiB of decoded frames
 SUMMARY = "pairs.json"
 KINDS = ("pairs", "close", "no_answer", "left_out")
 

@@ -14,7 +14,9 @@ from raise_core.spans import STEP_CLOSE
 
 from ..chain_judge import ChainJudge
 from ..errors import BadMedia, BadRow, UserError
+from ..feed import CACHE_BYTES
 from ..json_lines import append_json_lines, drop_torn_line, read_json_lines
+from ..media.cache import FrameCache
 from ..media.loader import MediaLoader
 from ..models import Policy, load_policy
 from ..prompts import Prompt, PromptBuilder
@@ -33,7 +35,8 @@ class Search:
     """What is searched, and how.
 
     counts: numbers of samples, ascending. keep: beams kept. settings: a YAML file and `key=value` pairs of
-    `TrainConfig`: temperature, max_new_tokens, seed, template, frames, dtype; `prompts` questions at a time.
+    `TrainConfig`: temperature, max_new_tokens, seed, template, frames, frame_cache, dtype; `prompts`
+    questions at a time. root: folder of the media, None for the data file's own.
     """
 
     model: str
@@ -44,6 +47,7 @@ class Search:
     keep: int = 1
     step_share: float = 0.2
     settings: tuple[str, ...] = ()
+    root: Path | None = None
 
     def training(self) -> TrainConfig:
         """The same in the words of a training run."""
@@ -55,7 +59,8 @@ class Search:
         pairs = [one for one in self.settings if "=" in one]
         given = {"template": "chain_of_step", "gradient_checkpointing": False}
         given |= read_settings(Path(files[0]) if files else None, pairs)
-        fixed = {"model": self.model, "data": self.data, "out": str(self.out.parent)}
+        data = {"path": self.data} | ({} if self.root is None else {"root": str(self.root)})
+        fixed = {"model": self.model, "data": [data], "out": str(self.out.parent)}
         return check(given | fixed | {"group_size": max(self.counts)})
 
 
@@ -84,6 +89,7 @@ def run_search(
     points = curves(list(records.values()), search.counts)
     _show(console, points, search.counts)
     if figure is not None and points:
+        figure.parent.mkdir(parents=True, exist_ok=True)
         draw_curves(points, figure)
         console.print(f"Figure: {figure}", markup=False, soft_wrap=True)
     console.print(f"{search.out}: {len(records)} of {len(source)} questions", markup=False, soft_wrap=True)
@@ -125,7 +131,8 @@ def _search_rest(
     how = generation(policy, config)
     room = int(policy.model.config.get_text_config().max_position_embeddings) - config.max_new_tokens
     builder = PromptBuilder.configured(policy.processor, config, max_length=room)
-    with MediaLoader(workers=config.workers) as loader:
+    cache = None if config.frame_cache is None else FrameCache(config.frame_cache, max_bytes=CACHE_BYTES)
+    with MediaLoader(workers=config.workers, cache=cache) as loader:
         for first in range(0, len(left), config.prompts):
             kept = _prompts(source, left[first : first + config.prompts], builder, loader, config, refused)
             if not kept:
