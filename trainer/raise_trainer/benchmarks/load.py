@@ -20,13 +20,15 @@ _HALF = re.compile("[\ud800-\udfff]")
 class Benchmark:
     """How one is read. files: for each label (a task, or "") the names its annotation file may have.
 
-    group: the line of the macro mean that a task belongs to. videos: folder of the videos, where another
-    folder of the published release has the benchmark's name.
+    task_key: the field that names a row's task, or with a label the part of it behind that; "" where the
+    label is the task. group: the line of the macro mean that a task belongs to. videos: folder of the videos,
+    where another folder of the published release has the benchmark's name.
     """
 
     title: str
     files: Mapping[str, tuple[str, ...]]
     draft: Callable[[Mapping[str, Any], str, int, Path], Draft]
+    task_key: str = ""
     group: Callable[[str], str] = str
     videos: str = ""
 
@@ -37,14 +39,25 @@ class Benchmark:
             return folder
         return own if own.is_dir() else folder
 
+    def task_of(self, raw: Mapping[str, Any], label: str, *, is_r1: bool = False) -> str:
+        """The task of a row that cannot be asked, as far as the row says it; is_r1: one of Video-R1's."""
+        keys = video_r1.TASK_KEYS if is_r1 else (self.task_key,)
+        said = (raw[key].strip() for key in keys if isinstance(raw.get(key), str))
+        parts = (label, next(filter(None, said), ""))
+        return ", ".join(filter(None, parts)) or "unreadable rows"
+
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "vsibench": Benchmark("VSI-Bench", vsi_bench.FILES, vsi_bench.draft, vsi_bench.group),
+    "vsibench": Benchmark("VSI-Bench", vsi_bench.FILES, vsi_bench.draft, "question_type", vsi_bench.group),
     "videommmu": Benchmark("VideoMMMU", video_mmmu.FILES, video_mmmu.draft),
-    "mmvu": Benchmark("MMVU (validation)", mmvu.FILES, mmvu.draft),
+    "mmvu": Benchmark("MMVU (validation)", mmvu.FILES, mmvu.draft, "question_type"),
     "mvbench": Benchmark("MVBench", mvbench.FILES, mvbench.draft),
-    "tempcompass": Benchmark("TempCompass (without captioning)", temp_compass.FILES, temp_compass.draft),
-    "videomme": Benchmark("Video-MME (without subtitles)", video_mme.FILES, video_mme.draft, videos="data"),
+    "tempcompass": Benchmark(
+        "TempCompass (without captioning)", temp_compass.FILES, temp_compass.draft, "dim"
+    ),
+    "videomme": Benchmark(
+        "Video-MME (without subtitles)", video_mme.FILES, video_mme.draft, "duration", videos="data"
+    ),
 }
 
 
@@ -82,17 +95,18 @@ def load(name: str, folder: Path, *, source: Source = "auto", limit: int | None 
     bench = BENCHMARKS[name]
     root = bench.root(name, folder)
     published = _published(root, bench) if source != "video_r1" else {}
-    r1 = find(root, f"eval_{name}") if source != "published" else []
-    if not r1 and not published and source != "published":
-        root, r1 = folder, find(folder, f"eval_{name}")
+    r1_root, r1 = _video_r1(root, folder, name) if source != "published" else (root, [])
     if published and r1:
-        raise UserError(f"{name}: {root} holds its published files and {r1[0].name}; say which with --source")
+        raise UserError(
+            f"{name}: {root} holds its published files, but {r1[0]} is there; say which with --source"
+        )
     if not published and not r1:
         wanted = ", ".join(f"{n[0]}.json[l] or .parquet" for n in list(bench.files.values())[:3])
         raise UserError(
             f"{name}: no annotation file in {root}; expected {wanted}, or Video-R1's eval_{name}.json"
         )
     if r1:
+        root = r1_root
         drafts = ((number, raw, "") for number, raw in enumerate(_records(r1)))
         files = r1
     else:
@@ -106,6 +120,12 @@ def load(name: str, folder: Path, *, source: Source = "auto", limit: int | None 
     missing = () if r1 else tuple(label for label in bench.files if label not in published)
     form = "video_r1" if r1 else "published"
     return Loaded(name, form, tuple(files), fingerprint(files), tuple(items), missing)
+
+
+def _video_r1(root: Path, folder: Path, name: str) -> tuple[Path, list[Path]]:
+    """Video-R1's file and the folder that its paths begin in: the benchmark's own, else the one given."""
+    files = ((place, find(place, f"eval_{name}")) for place in (root, folder))
+    return next((found for found in files if found[1]), (root, []))
 
 
 def _published(root: Path, bench: Benchmark) -> dict[str, list[Path]]:
@@ -134,15 +154,25 @@ def _items(
         if limit is not None and place >= limit:
             break
         item = _item(name, bench, raw, label, number, place, root, is_r1)
-        seen[item.id] = seen.get(item.id, 0) + 1
-        if seen[item.id] > 1:  # its answers would be taken for those of the first
-            new_id = f"{item.id}#{seen[item.id]}"
-            if isinstance(item, Question):
-                item = replace(item, problem_id=new_id)
-            else:
-                item = replace(item, id=new_id)
+        new_id = _unique(item.id, seen)
+        if new_id != item.id:
+            field = "problem_id" if isinstance(item, Question) else "id"
+            item = replace(item, **{field: new_id})
         items.append(item)
     return items
+
+
+def _unique(row_id: str, seen: dict[str, int]) -> str:
+    """The id, with a number behind it where it is taken: answers would be taken for those of the first row.
+
+    seen: of each id that is taken, its last such number.
+    """
+    number = seen.get(row_id, 0) + 1
+    while (found := row_id if number == 1 else f"{row_id}#{number}") in seen:
+        number += 1
+    seen[row_id] = number
+    seen.setdefault(found, 1)
+    return found
 
 
 def _item(
@@ -162,7 +192,7 @@ def _item(
             raise raw
         made = video_r1.draft(raw, name, number) if is_r1 else bench.draft(raw, label, number, root)
     except BadRow as error:
-        return _refused(name, label, number, place, raw, error)
+        return _refused(name, label, number, place, raw, error, is_r1)
     try:
         return question(made, root, place, name)
     except BadRow as error:
@@ -180,7 +210,13 @@ def _is_text(value: Any) -> bool:
 
 
 def _refused(
-    name: str, label: str, number: int, place: int, raw: Mapping[str, Any] | BadRow, error: BadRow
+    name: str,
+    label: str,
+    number: int,
+    place: int,
+    raw: Mapping[str, Any] | BadRow,
+    error: BadRow,
+    is_r1: bool,
 ) -> Refused:
     """A row of which little can be read: its id and task where it says them, else its place."""
     said: Mapping[str, Any] = {} if isinstance(raw, BadRow) else raw
@@ -188,5 +224,5 @@ def _refused(
         (said[k] for k in ("problem_id", "id", "question_id") if isinstance(said.get(k), (str, int))), ""
     )
     row_id = "/".join(str(part) for part in (label, given or f"row {number}") if part)
-    task = next((said[k] for k in ("question_type", "duration") if isinstance(said.get(k), str)), label)
-    return Refused(row_id, name, place, task or "unreadable rows", f"row {place}", str(error))
+    task = BENCHMARKS[name].task_of(said, label, is_r1=is_r1)
+    return Refused(row_id, name, place, task, f"row {place}", str(error))
