@@ -5,12 +5,15 @@ page that is not there yet is begun with a heading for each part.
 """
 
 import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from ..errors import UserError
 from . import tables
 from .records import Results
 
+Draw = Callable[[Path], None]
 PART = re.compile(r"(<!-- results: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADINGS = {
     "settings": "What was run",
@@ -24,6 +27,7 @@ HEADINGS = {
     "tasks": "By kind of question",
     "compute": "Compute",
     "exploratory": "Exploratory",
+    "chain-of-step": "Chain-of-Step",
     "study-accuracy-match": "Accuracy against Match",
     "study-training": "Training",
 }
@@ -53,26 +57,54 @@ def parts(results: Results, figures: Path) -> dict[str, str]:
 
 
 def write_page(folder: Path, page: Path) -> Path:
-    """Fill in the page from a results folder and draw its figures beside it, in `figures/`.
+    """Fill in the page from a results folder, and that of the same name with `-steps` if it is there.
 
     UserError without results, for an unknown part, and for a page that has no part at all.
     """
     from .figures import FIGURES
 
-    results = Results(folder)
-    made = parts(results, Path("figures"))
+    results, (text, draw) = Results(folder), steps_part(folder.with_name(f"{folder.name}-steps"))
+    made = parts(results, Path("figures")) | text
+    found = tables.Found(results.records())
+    return fill(page, made, {name: partial(one, found) for name, one in FIGURES.items()} | draw)
+
+
+def write_steps(folder: Path, page: Path) -> Path:
+    """Fill in the part on chains of steps alone, from its own results folder."""
+    return fill(page, *steps_part(folder))
+
+
+def steps_part(folder: Path) -> tuple[dict[str, str], dict[str, Draw]]:
+    """The part on chains of steps, and its figure where a run is recorded."""
+    from . import steps_page
+
+    drawn: dict[str, Draw] = {}
+    if steps_page.recorded(folder):
+        drawn[steps_page.FIGURE] = partial(steps_page.draw, folder)
+    return {steps_page.PART: steps_page.part(folder, Path("figures"))}, drawn
+
+
+def fill(page: Path, made: Mapping[str, str], drawings: Mapping[str, Draw]) -> Path:
+    """Put these parts into a page, and draw its figures beside it, in `figures/`; other parts stay.
+
+    UserError for an unknown part, and for a page that has no part at all.
+    """
     text = page.read_text(encoding="utf-8") if page.exists() else _skeleton()
     named = [match[2] for match in PART.finditer(text)]
     for name in named:
-        if name not in made:
-            raise UserError(f"{page}: part {name!r} is unknown; known are {', '.join(made)}")
+        if name not in HEADINGS:
+            raise UserError(f"{page}: part {name!r} is unknown; known are {', '.join(HEADINGS)}")
     if not named:
         raise UserError(f"{page}: has no `<!-- results: NAME -->` to fill in; name another page")
-    text = PART.sub(lambda match: f"{match[1]}\n{made[match[2]]}\n\n{match[3]}", text)
+
+    def filled(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{made[match[2]]}\n\n{match[3]}" if match[2] in made else match[0]
+
+    text = PART.sub(filled, text)
     try:
         (page.parent / "figures").mkdir(parents=True, exist_ok=True)
-        for name, draw in FIGURES.items():
-            draw(tables.Found(results.records()), page.parent / "figures" / f"{name}.svg")
+        for name, draw in drawings.items():
+            draw(page.parent / "figures" / f"{name}.svg")
         page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{page}: cannot be written ({error.strerror}); name another page") from None

@@ -59,8 +59,8 @@ class StepSizes:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name in known}
 
 
-FULL = StepSizes()
-SMOKE = StepSizes(
+FULL_STEPS = StepSizes()
+SMOKE_STEPS = StepSizes(
     **{f.name: DEMO_SMOKE[f.name] for f in fields(StepSizes) if f.name in DEMO_SMOKE},
     grpo_steps=2, prompts=2, group_size=4, eval_samples=2,
 )  # fmt: skip

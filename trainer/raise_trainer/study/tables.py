@@ -195,7 +195,6 @@ def compute(found: Found, operations: dict[str, dict[str, float]]) -> str:
 
 def settings(records: Sequence[Record], sizes: dict[str, Any]) -> str:
     """Sizes, seeds, questions and what the results were made from."""
-    made = sorted({json.dumps(r["made_from"], sort_keys=True) for r in records})
     questions = {test: sorted({r["questions"][test] for r in records}) for test in TEST_SETS}
     lines = ["- " + ", ".join(f"{name} {value}" for name, value in sizes.items())]
     lines.append(
@@ -203,7 +202,13 @@ def settings(records: Sequence[Record], sizes: dict[str, Any]) -> str:
         + ", ".join(f"{TEST_SETS[t].title} {n[0]} to {n[-1]}" for t, n in questions.items())
         + "; each is answered several times (eval_samples), at temperature 1"
     )
-    lines += [f"- {len(records)} runs; intervals {LEVEL:.0%}, power {POWER:.0%}"]
+    return "\n".join([*lines, *made_lines(records)])
+
+
+def made_lines(records: Sequence[Record]) -> list[str]:
+    """What the runs were made from, a line for each command, commit and machine."""
+    made = sorted({json.dumps(r["made_from"], sort_keys=True) for r in records})
+    lines = [f"- {len(records)} runs; intervals {LEVEL:.0%}, power {POWER:.0%}"]
     for one in map(json.loads, made):
         count = sum(json.loads(json.dumps(r["made_from"])) == one for r in records)
         changed = " with changes" if one["changed"] else ""
@@ -212,4 +217,4 @@ def settings(records: Sequence[Record], sizes: dict[str, Any]) -> str:
             f"- {count} runs: `{one['command']}`, commit {one['commit'][:9]}{changed}, {versions}, "
             f"{one['processor']}, one thread a run"
         )
-    return "\n".join(lines)
+    return lines
