@@ -196,6 +196,9 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         load("vsibench", tmp_path)
     with pytest.raises(UserError, match="is no folder"):
         load("vsibench", tmp_path / "none")
+    (tmp_path / "test.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"no row in .*test\.jsonl"):
+        load("vsibench", tmp_path)
 
 
 def test_both_forms_in_one_folder_need_a_word(tmp_path: Path) -> None:

@@ -234,6 +234,9 @@ def test_a_folder_keeps_to_its_settings(tmp_path: Path) -> None:
         ({"samples": 0, "temperature": 1.0}, "--samples 0"),
         ({"batch": 0}, "--batch 0"),
         ({"temperature": -1.0}, "--temperature -1"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"temperature": float("inf")}, "--temperature inf"),
+        ({"frames": 1}, "--frames 1: expected at least 2"),
         ({"limit": 0}, "--limit 0"),
     ],
 )

@@ -173,6 +173,14 @@ def test_a_process_without_a_question_waits_for_the_others(
     assert found == wanted and not (given.out / "answers-1.jsonl").exists()
 
 
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(folder: Path, tmp_path: Path) -> None:
+    """They were asked nothing, and every question scored 0 from then on."""
+    given = settings(folder, tmp_path / "out", "--limit", 1)
+    with pytest.raises(UserError, match=r"--max-new-tokens 1000000: the model's context is \d+ tokens"):
+        run(replace(given, max_new_tokens=1_000_000))
+    assert not read_answers(given.out)
+
+
 def test_more_samples_add_to_those_that_are_there(folder: Path, tmp_path: Path) -> None:
     few = settings(folder, tmp_path / "few", "--limit", 3, "--samples", 2, "--temperature", 1)
     run(few)

@@ -117,6 +117,8 @@ def load(name: str, folder: Path, *, source: Source = "auto", limit: int | None 
             for number, raw in enumerate(_records(some))
         )
     items = _items(name, drafts, root, bool(r1), limit)
+    if not items:
+        raise UserError(f"{name}: no row in {', '.join(map(str, files))}; download the file again")
     missing = () if r1 else tuple(label for label in bench.files if label not in published)
     form = "video_r1" if r1 else "published"
     return Loaded(name, form, tuple(files), fingerprint(files), tuple(items), missing)

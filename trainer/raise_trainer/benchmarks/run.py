@@ -13,7 +13,7 @@ import raise_core as rc
 
 from .. import ranks
 from ..checkpoints.ranks import share
-from ..errors import BadMedia, BadRow
+from ..errors import BadMedia, BadRow, UserError
 from ..logbook import Logbook
 from ..media.loader import MediaLoader
 from ..media.sampling import Sampling
@@ -108,7 +108,13 @@ def ask(
 ) -> None:
     """Take the missing answers and append them, a batch at a time."""
     policy = _policy(settings, device)
-    room = int(policy.model.config.get_text_config().max_position_embeddings) - settings.max_new_tokens
+    context = int(policy.model.config.get_text_config().max_position_embeddings)
+    room = context - settings.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"--max-new-tokens {settings.max_new_tokens}: the model's context is {context} tokens, and a "
+            "prompt needs some of them; give fewer"
+        )
     sampling = Sampling(
         frames=settings.frames, min_pixels=min(16 * 28 * 28, settings.pixels), max_pixels=settings.pixels
     )

@@ -1,5 +1,6 @@
 """What `raise-core eval` was asked for. Light: the command's --help loads it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +42,20 @@ class EvalSettings:
             raise UserError(
                 f"--samples {self.samples} at temperature 0: greedy samples are all equal; give --temperature"
             )
-        for name in ("samples", "max_new_tokens", "batch", "pixels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
-        if self.temperature < 0 or self.workers < 0 or (self.limit is not None and self.limit < 1):
+        least = {"samples": 1, "max_new_tokens": 1, "batch": 1, "pixels": 1, "frames": 2}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {lowest}"
+                )
+        if (
+            not 0 <= self.temperature < math.inf
+            or self.workers < 0
+            or (self.limit is not None and self.limit < 1)
+        ):
             raise UserError(
                 f"--temperature {self.temperature} --workers {self.workers} --limit {self.limit}: expected "
-                "at least 0, 0 and 1"
+                "numbers of at least 0, 0 and 1"
             )
 
     def made_by(self, files: Mapping[str, Any]) -> dict[str, Any]:
