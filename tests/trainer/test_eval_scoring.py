@@ -1,6 +1,7 @@
 """Both scorers on every fixture of benchmark_rows/, against scores computed by hand."""
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -186,6 +187,32 @@ def test_the_first_number_of_a_text(text: str, number: float | None) -> None:
 )
 def test_relative_accuracy_at_its_edges(got: float, wanted: float, accuracy: float) -> None:
     assert relative_accuracy(got, wanted) == accuracy
+
+
+@pytest.mark.parametrize(
+    ("solution", "said", "score"),
+    [
+        ("2e-1", "2e-1", 1.0),
+        ("2e-1", "0.2 m", 1.0),
+        ("1500", "about 1.5E+3 joules", 1.0),
+        ("1500", "1.5", 0.0),
+        ("\u22125", "\u22125", 1.0),
+        ("-5", "\u22125 V", 1.0),
+        ("5", "\u22125", 0.0),
+        ("$1,200", "1200 dollars", 1.0),
+        ("50%", "50 per cent", 1.0),
+        (".5", "0.50", 1.0),
+        ("0.5", ".5 kg", 1.0),
+        ("2", "2e", 1.0),
+        ("1.234", "1.23", 1.0),
+        ("1.24", "1.23", 0.0),
+    ],
+)
+def test_numbers_of_open_questions(solution: str, said: str, score: float) -> None:
+    """The solution itself always counts, as written; 2e-1 and a true minus sign did not."""
+    question = replace(questions("mmvu")["validation_2"], solution=f"<answer>{solution}</answer>")
+    assert grade(question, output(said)).scores["official"] == score
+    assert grade(question, output(solution)).scores["official"] == 1.0
 
 
 OPEN, CLOSE = "<answer>", "</answer>"

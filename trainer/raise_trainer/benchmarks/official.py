@@ -21,7 +21,7 @@ _SAID = re.compile(
     r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\**\(?\s*([A-Z])\s*\)?(?=\s*$|\s*[.,;:!*)]|\s*\n)",
     re.IGNORECASE,
 )
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+_NUMBER = re.compile(r"-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
 _LETTER = re.compile(r"^\s*\(?[A-Z][.):]\s*")
 _BLANKS = re.compile(r"\s+")
 _YES_NO = re.compile(r"(yes|no)\b", re.IGNORECASE)
@@ -98,7 +98,7 @@ def open_answer(question: Question, text: str) -> Judged:
     truth, said = gold(question), _folded(text)
     wanted = parse_number(truth)
     if wanted is not None:
-        found = [float(n.replace(",", "")) for n in _NUMBER.findall(text)]
+        found = [float(n.replace(",", "")) for n in _NUMBER.findall(text.replace("\u2212", "-"))]
         return float(any(round(n, 2) == round(wanted.value, 2) for n in found)), said
     holds = re.search(rf"(?<!\w){re.escape(_folded(truth))}(?!\w)", said)
     return float(holds is not None), said
