@@ -161,6 +161,26 @@ def test_lines_of_an_evaluation(tmp_path: Path) -> None:
     assert sum(left_out.values()) == 1 and "cannot be read as regression" in next(iter(left_out))
 
 
+def test_a_question_that_could_be_asked_once_counts(tmp_path: Path) -> None:
+    """As in the evaluation's own table: a later line of a video that was gone does not take its place."""
+    gone = EVALUATED | {"reason": "bad_media", "text": ""}
+    for some, answer in (((EVALUATED, gone), "B"), ((gone, EVALUATED), "B"), ((gone, gone), "")):
+        (found,), _ = read_answers(lines(tmp_path / "answers.jsonl", *some), {})
+        assert found.answer == answer and (found.row is None) == (answer == "")
+
+
+def test_every_number_of_vsi_bench_has_its_rule(tmp_path: Path) -> None:
+    """Video-R1's files may call it numerical; its evaluation takes the relative error all the same."""
+    record = EVALUATED | {"problem_type": "numerical", "question": "How many?", "solution": "10"}
+    text = "<think>nine</think><answer>9.2 of 12</answer>"
+    for bench, rule, score in (("vsibench", "number", 0.9), ("mmvu", "open", 0.0)):
+        (found,), _ = read_answers(
+            lines(tmp_path / f"{bench}.jsonl", record | {"bench": bench, "text": text}), {}
+        )
+        assert isinstance(found.row, Question) and found.row.rule == rule
+        assert round(found.score, 6) == score
+
+
 def test_lines_of_a_training_run(tmp_path: Path) -> None:
     rows = lines(
         tmp_path / "rows.jsonl",
@@ -188,6 +208,8 @@ def test_lines_of_a_training_run(tmp_path: Path) -> None:
     assert_as_exact_as_a_double(one.confidence.sequence or 0, math.exp(-1.5), name="sequence")
     assert (other.answer, other.confidence.answer) == ("", None)
     assert [reason.split(":")[0] for reason in left_out] == ["row 4", "row 5", "row 3"]
+    with pytest.raises(UserError, match="line 1: text: Field required"):  # tokens alone are no text to read
+        read_answers(lines(tmp_path / "ids.jsonl", {"id": 3, "token_ids": [1]}), rows_of([rows]))
     with pytest.raises(UserError, match="two rows have the id 3"):
         rows_of([rows, rows])
 

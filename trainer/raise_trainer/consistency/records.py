@@ -52,9 +52,10 @@ class Record(BaseModel):
 
 
 class Sampled(Completion):
-    """A completion of a training run; log-probabilities are at most 0."""
+    """A completion of a training run, whose text is read; log-probabilities are at most 0."""
 
     id: StrictInt | StrictStr
+    text: str
     logp: list[LogProb] = Field(default_factory=list)
 
 
@@ -124,9 +125,9 @@ def read_answers(
     """The answers of a file or folder, and why others are left out, with their numbers.
 
     file: JSON lines of an evaluation, which bring their questions (of one question and sample the last line
-    counts), or of a training run, whose questions are in `rows` by id; or the folder of either, with the
-    answers of all its processes. threshold: score from which on an
-    answer is right. UserError, naming the line, for one that is neither.
+    counts, but none that could not be asked stands above one that could), or of a training run, whose
+    questions are in `rows` by id; or the folder of either, with the answers of all its processes. threshold:
+    score from which on an answer is right. UserError, naming the line, for one that is neither.
     """
     answers, left_out, place = list[Answer](), Counter[str](), dict[Hashable, int]()
     lines = ((one, *line) for one in _files(file) for line in read_json_lines(one))
@@ -149,7 +150,8 @@ def read_answers(
             continue
         key = (made.group, made.sample) if "bench" in raw else (one, number)
         if key in place:
-            answers[place[key]] = made
+            if made.row is not None or answers[place[key]].row is None:
+                answers[place[key]] = made
         else:
             place[key] = len(answers)
             answers.append(made)
@@ -210,7 +212,10 @@ def _rule(record: Record) -> Rule:
     """How its official scorer reads answers, as the benchmarks' loaders say."""
     if record.problem_type == "multiple choice":
         return "caption" if record.task.startswith("caption_matching") else "choice"
-    if record.problem_type == "regression":
+    if record.problem_type == "regression" or (record.bench, record.problem_type) == (
+        "vsibench",
+        "numerical",
+    ):
         return "number"
     return "yes_no" if record.task.startswith("yes_no") else "open"
 
