@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import raise_core as rc
@@ -20,7 +21,8 @@ from raise_trainer.dpo.paths import round_rows
 from raise_trainer.dpo.run import run_dpo, training_of
 from raise_trainer.dpo.step import Pair, best_and_worst, dpo_step
 from raise_trainer.errors import UserError
-from tests.budget import assert_as_exact_as_fp32
+from raise_trainer.models import load_policy
+from tests.budget import assert_as_exact_as_fp32, assert_within_error_budget, close_to
 from tests.tiny_models import text_model
 from tests.trainer import chain_world
 
@@ -157,6 +159,34 @@ def test_rows_of_two_files_may_share_an_id(world: Path, tmp_path: Path, monkeypa
     for prompt, chosen, _ in seen:
         (row,) = [p for p in made if p["problem"] in tokenizer.decode(prompt)]
         assert row["chosen"] == chosen
+
+
+def test_rounds_of_adapters(world: Path, tmp_path: Path) -> None:
+    out = run_dpo(config(world, tmp_path / "out", lora_rank=2, start="last", lr=1e-2))
+    assert out is not None and not (out / "model.safetensors").exists()
+    (first,) = (tmp_path / "out/round-1/train/checkpoints").glob("*-step-3")
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        first / "model"
+    )  # the second round began where the first one ended
+    name = "layers.0.self_attn.q_proj"
+
+    def stored(file: Path, end: str) -> torch.Tensor:
+        (found,) = [x.double() for n, x in load_file(file).items() if n.endswith(end) and "visual" not in n]
+        return found
+
+    want = stored(world / "model/model.safetensors", f"{name}.weight")
+    for folder in (first / "model", out):
+        a, b = (stored(folder / "adapter_model.safetensors", f"{name}.lora_{x}.weight") for x in "AB")
+        assert b.any()
+        want = want + 2.0 * b @ a  # lora_alpha is twice the rank
+    training = config(world, tmp_path).training(model=str(out))
+    found = load_policy(training, torch.device("cpu")).model
+    assert all(p.requires_grad for p in found.model.language_model.parameters())
+    got = found.get_submodule(f"model.language_model.{name}").weight
+    assert_within_error_budget(got, want, close_to(want), name="both rounds' adapters")
+    (out / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"adapter_config\.json names no base model"):
+        load_policy(training, torch.device("cpu"))
 
 
 def test_refusals(world: Path, tmp_path: Path, capsys: Any) -> None:

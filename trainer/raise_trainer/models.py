@@ -10,7 +10,7 @@ import raise_core as rc
 
 from .errors import UserError
 from .liger import check_liger, use_liger
-from .prompts import load_processor
+from .prompts import base_of, load_processor
 from .train_config import TrainConfig
 
 ATTENTION = {"flash": "flash_attention_2"}  # names of transformers
@@ -39,12 +39,12 @@ def load_policy(config: TrainConfig, device: torch.device) -> Policy:
     processor, _ = load_processor(config.model)
     sees = getattr(processor, "tokenizer", None) is not None
     kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    options = {
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": ATTENTION.get(config.attention, config.attention),
+    }
     try:
-        model = kind.from_pretrained(
-            config.model,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=ATTENTION.get(config.attention, config.attention),
-        )
+        model = read_model(kind, config.model, options)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model {config.model!r}: cannot be loaded ({reason})") from None
@@ -53,6 +53,19 @@ def load_policy(config: TrainConfig, device: torch.device) -> Policy:
     model = _trainable(_aligned(model.to(device)), config)
     tokenizer = getattr(processor, "tokenizer", processor)
     return Policy(model, processor, tokenizer, _eos(model, tokenizer), _placeholders(model))
+
+
+def read_model(kind: Any, name: str, options: dict[str, Any]) -> Any:
+    """A model, with the adapters of a folder of them merged into the weights they were trained on."""
+    base = base_of(name)
+    if base is None:
+        return kind.from_pretrained(name, **options)
+    import peft
+
+    adapted = peft.PeftModel.from_pretrained(read_model(kind, base, options), name)
+    model: Any = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
+    model.name_or_path = name  # adapters that are trained on it name it as their base
+    return model
 
 
 def _aligned(model: Any) -> Any:

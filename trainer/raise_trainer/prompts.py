@@ -1,7 +1,9 @@
 """From a row to what the model reads: pixels through its processor, text through its chat template."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -231,6 +233,17 @@ class PromptBuilder:
         return text
 
 
+def base_of(model: str) -> str | None:
+    """The model that LoRA adapters in a folder were trained on; None where the folder has none, or an id."""
+    file = Path(model) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"model {model!r}: its adapter_config.json names no base model ({error})") from None
+
+
 def load_processor(model: str) -> tuple[Any, int]:
     """The processor of a model that sees, or the tokenizer of another, and its context length in tokens.
 
@@ -238,8 +251,11 @@ def load_processor(model: str) -> tuple[Any, int]:
     """
     import transformers
 
+    whole = model
+    while (base := base_of(whole)) is not None:
+        whole = base
     try:
-        about = transformers.AutoConfig.from_pretrained(model)
+        about = transformers.AutoConfig.from_pretrained(whole)
         sees = type(about) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         reader = transformers.AutoProcessor if sees else transformers.AutoTokenizer
         return reader.from_pretrained(model), int(about.get_text_config().max_position_embeddings)

@@ -13,9 +13,9 @@ from ..train_fields import Count, DataFiles, FrameCount, Number, Pixels, Positiv
 # What may differ between a run and the one that goes on from it.
 FREE = ("out", "rounds", "prompts", "save_every", "workers", "frame_cache", "micro_tokens", "tracker")
 SHARED = (
-    "seed", "template", "dtype", "attention", "freeze_vision", "gradient_checkpointing", "max_new_tokens",
-    "temperature", "micro_tokens", "lr", "frames", "pixels", "workers", "frame_cache", "on_bad_media",
-    "save_every", "tracker",
+    "seed", "template", "dtype", "attention", "lora_rank", "freeze_vision", "gradient_checkpointing",
+    "max_new_tokens", "temperature", "micro_tokens", "lr", "frames", "pixels", "workers", "frame_cache",
+    "on_bad_media", "save_every", "tracker",
 )  # fmt: skip
 
 
@@ -65,6 +65,8 @@ class DpoConfig(BaseModel):
     """of the passes; trained weights are kept in float32 beside it"""
     attention: Literal["sdpa", "eager", "flash"] = "sdpa"
     """as in training"""
+    lora_rank: Number = 0
+    """rank of LoRA adapters that each round trains, as in training; 0 trains the weights themselves"""
     freeze_vision: bool = True
     """leave the vision tower as it is"""
     gradient_checkpointing: bool = True

@@ -91,7 +91,7 @@ def _sample_paths(
     mine = wanted[ranks.rank() :: ranks.size()]
     if not mine:
         return
-    training = config.training(model=model, gradient_checkpointing=False)
+    training = config.training(model=model, gradient_checkpointing=False, lora_rank=0)
     policy = load_policy(training, device)
     policy.model.eval()
     judge = ChainJudge.load(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..chain_tokens import ChainTokens, add_chain_tokens
 from ..errors import UserError
+from ..models import read_model
 from ..prompts import load_processor
 
 
@@ -18,7 +19,7 @@ def save_with_tokens(model: str, folder: Path) -> ChainTokens:
     kind = (
         transformers.AutoModelForCausalLM if tokenizer is None else transformers.AutoModelForImageTextToText
     )
-    loaded = kind.from_pretrained(model, dtype="auto")
+    loaded = read_model(kind, model, {"dtype": "auto"})
     made = add_chain_tokens(loaded, processor if tokenizer is None else tokenizer)
     loaded.save_pretrained(folder)
     processor.save_pretrained(folder)
