@@ -1,7 +1,8 @@
 """The benchmarks' own rules: an answer's text to a score, and to what it votes for.
 
 A rule takes the text inside the answer tags (`extraction.extract`), never empty. A letter counts where it
-stands for an option ("B", "(B)", "B. red"), not as a word or in one: "A man walks" chooses nothing.
+stands for an option ("B", "(B)", "B. red", "**B**", a LaTeX box), not as a word or in one: "A man walks"
+chooses nothing.
 """
 
 import math
@@ -23,6 +24,8 @@ _SAID = re.compile(
 )
 _NUMBER = re.compile(r"-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
 _LETTER = re.compile(r"^\s*\(?[A-Z][.):]\s*")
+_LETTER_AND_TEXT = re.compile(r"([A-Z])\W+(.+)", re.IGNORECASE | re.DOTALL)
+_BOXED = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{([^{}]*)\}")
 _BLANKS = re.compile(r"\s+")
 _YES_NO = re.compile(r"(yes|no)\b", re.IGNORECASE)
 
@@ -46,14 +49,19 @@ def choice(question: Question, text: str) -> Judged:
 
 def chosen(question: Question, text: str) -> str:
     """The letter of the option that a text chooses, "" for none."""
-    bodies = {option_letter(o) or chr(ord("A") + i): _body(o) for i, o in enumerate(question.options)}
-    first = option_letter(text.strip("*\"'` ").partition("\n")[0]) or ""
+    bodies = {option_letter(o) or chr(ord("A") + i): _plain(_body(o)) for i, o in enumerate(question.options)}
+    plain = _plain(text)
+    first = option_letter(plain.partition("\n")[0]) or ""
     if first in bodies:
         return first
     for letter, body in bodies.items():
-        if _folded(text) == _folded(body):
+        if _folded(plain) == _folded(body):
             return letter
-    short = _BLANKS.sub(lambda blanks: "\n" if "\n" in blanks[0] else " ", text)  # else _SAID is slow on it
+    both = _LETTER_AND_TEXT.match(plain)
+    letter = both[1].upper() if both else ""
+    if both and letter in bodies and _folded(both[2]) == _folded(bodies[letter]):
+        return letter
+    short = _BLANKS.sub(lambda blanks: "\n" if "\n" in blanks[0] else " ", plain)  # else _SAID is slow on it
     said = [s.upper() for s in _SAID.findall(short) if s.upper() in bodies]
     return said[-1] if said else ""
 
@@ -61,6 +69,13 @@ def chosen(question: Question, text: str) -> str:
 def _body(option: str) -> str:
     """An option's text without its letter."""
     return _LETTER.sub("", option)
+
+
+def _plain(text: str) -> str:
+    """Without bold type, LaTeX boxes, quotation marks around it."""
+    for _ in range(2):  # \\boxed{\\text{B}}
+        text = _BOXED.sub(r"\1", text)
+    return text.replace("**", "").strip("*\"'` \n")
 
 
 def _folded(text: str) -> str:
@@ -106,21 +121,25 @@ def open_answer(question: Question, text: str) -> Judged:
 
 def yes_no(question: Question, text: str) -> Judged:
     """1 if the text begins with the right one of the words yes and no."""
-    found = _YES_NO.match(text.strip("*\"'` "))
+    found = _YES_NO.match(_plain(text))
     said = found[1].lower() if found else ""
     return float(said == gold(question).lower()), said
 
 
 def caption(question: Question, text: str) -> Judged:
     """1 for the right sentence: itself, with or without its name, or its index ("Sentence B", "B")."""
-    said = _folded(text)
+    plain = _plain(text)
+    said = _folded(plain)
     for option in question.options:
         found = NAMED.match(option)
         if found is None:
             continue
         name, index = option.partition(":")[0], found["index"]
-        forms = {_folded(form) for form in (option, found["text"], name, index, f"({index})", f"{index})")}
-        if said in forms or option_letter(text) == index:
+        bare = (option, found["text"], name, index, f"({index})", f"{index})")
+        forms = {
+            _folded(_plain(form)) for form in (*bare, *(f"{index}{mark} {found['text']}" for mark in ".:)"))
+        }
+        if said in forms or option_letter(plain) == index:
             return float(index == gold(question)), index
     return 0.0, ""
 
