@@ -27,8 +27,8 @@ PRM = {
     "own_bad_found": "false steps called bad", "own_bad_share": "steps that are false",
 }  # fmt: skip
 CURVES = {
-    "accuracy": "accuracy of the step's completions", "step_score_mean": "step score",
-    "completion_tokens_mean": "tokens of a completion",
+    "accuracy": "accuracy", "step_score_mean": "step score", "answer_score_mean": "answer score",
+    "completion_tokens_mean": "tokens of a completion", "steps_mean": "steps of a chain",
 }  # fmt: skip
 COLOURS = ("#555555", "#c8553d", "#c9a227", "#3d8fb8", "#2a7f62", "#1f3a5f", "#8a5ca8")
 WINDOW = 5  # steps of the running mean, and of the columns of the table over training
@@ -114,14 +114,14 @@ def draw(folder: Path, file: Path) -> None:
     """Curves of training by arm, and held-out accuracy against the share of the steps in the reward."""
     found = tables.Found(recorded(folder))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
-        for (metric, unit), axis in zip(CURVES.items(), axes.flat[:3], strict=True):
+        figure, axes = plt.subplots(2, 3, figsize=(10, 5.6), layout="constrained")
+        for (metric, unit), axis in zip(CURVES.items(), axes.flat[:-1], strict=True):
             for a, colour in zip(STEP_ARMS.values(), COLOURS, strict=True):
                 if a in _arms(found, trained=True):
                     curve = running_mean(_curve(found, a, metric), WINDOW)
                     axis.plot(range(1, len(curve) + 1), curve, color=colour, label=a.title, linewidth=1.3)
             axis.set(xlabel="GRPO step", ylabel=unit)
-        _shares(found, axes.flat[3])
+        _shares(found, axes.flat[-1])
         handles, labels = axes.flat[0].get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
@@ -130,10 +130,10 @@ def draw(folder: Path, file: Path) -> None:
 
 
 def _shares(found: tables.Found, axis: Axes) -> None:
-    """Every seed pale, the mean over seeds a line; level lines for the warm start and the outcome."""
+    """Every seed pale, the mean over seeds a line; levels of the warm start and the outcome."""
     for metric, colour, unit in (
-        ("accuracy", "#1f3a5f", "accuracy"),
-        ("true_steps", "#2a7f62", "steps that are true"),
+        ("accuracy", "#222222", "accuracy"),
+        ("true_steps", "#b5489a", "steps that are true"),
     ):
         swept = [a for a in _arms(found, trained=True) if set(a.method) == {"share"}]
         by = {a.method["share"]: found.values(a.name, "held_out", metric) for a in swept}
@@ -143,7 +143,7 @@ def _shares(found: tables.Found, axis: Axes) -> None:
         for name, style in (("warm-start", ":"), (OUTCOME, "--")):
             if found.seeds(name):
                 level = plain.fmean(found.values(name, "held_out", metric))
-                title = f"{unit}, {STEP_ARMS[name].title}"
-                axis.axhline(level, color=colour, linestyle=style, linewidth=1, label=title)
-    axis.set(xlabel="share of the steps in the reward", ylabel="held-out questions")
-    axis.legend(frameon=False, fontsize=7)
+                axis.axhline(level, color=colour, linestyle=style, linewidth=1)
+    axis.set_xlabel("share of the steps in the reward\n(dotted: warm start, dashed: outcome 0/1)")
+    axis.set_ylabel("held-out questions")
+    axis.legend(frameon=False, fontsize=8)

@@ -40,7 +40,7 @@ class StepSizes:
     prm_steps: int = StepsConfig.prm_steps
     batch: int = StepsConfig.batch
     lr: float = StepsConfig.lr
-    grpo_steps: int = 40
+    grpo_steps: int = 32
     prompts: int = 8
     group_size: int = 8
     grpo_lr: float = DemoConfig.grpo_lr
