@@ -237,8 +237,11 @@ def test_figures_of_the_answer_span_are_of_the_sampled_tokens() -> None:
     ):
         assert got is not None
         assert_as_exact_as_fp32(got, float(wanted), name="answer span")
+    assert answer.answer_logp == span.log().tolist()
     bare = _answer(question, 0, ids[:2], p.log()[:2], policy)
-    assert bare.answer_p_min is None and bare.truncated and bare.reason == "missing"
+    assert (
+        bare.answer_p_min is None and bare.answer_logp is None and bare.truncated and bare.reason == "missing"
+    )
 
 
 def test_a_clip_is_those_frames_of_the_file(folder: Path) -> None:

@@ -26,8 +26,8 @@ class Answer:
     question could not be asked. prediction, vote, reason, scores: see `scoring.Graded`; reason "bad_row" or
     "bad_media" has its story in detail. tokens: sampled, with the end. truncated: it ran into the limit.
     Of the sampled tokens' probabilities under the model at temperature 1: answer_p_mean, answer_p_min and
-    answer_logp_mean [nats] over the answer span (`rc.find_answer_spans`), null without one;
-    sequence_logp_mean [nats] over the whole output, null without a token.
+    answer_logp_mean [nats] over the answer span (`rc.find_answer_spans`), answer_logp [nats] of each of its
+    tokens, null without one; sequence_logp_mean [nats] over the whole output, null without a token.
     """
 
     bench: str
@@ -49,6 +49,7 @@ class Answer:
     answer_p_mean: float | None = None
     answer_p_min: float | None = None
     answer_logp_mean: float | None = None
+    answer_logp: list[float] | None = None
     sequence_logp_mean: float | None = None
 
     @property

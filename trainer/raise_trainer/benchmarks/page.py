@@ -38,8 +38,8 @@ def note(result: Result) -> str:
     form = "the published files" if result.source == "published" else f"Video-R1's eval_{result.bench}.json"
     parts = [
         f"{result.questions} questions about {result.videos} videos, from {form}.",
-        f"{result.untagged:.1%} of the answers without answer tags, {result.truncated:.1%} cut at the limit, "
-        f"{len(result.unusable)} questions could not be asked and score 0.",
+        f"{result.untagged:.1%} of the outputs without an answer inside tags, "
+        f"{result.truncated:.1%} cut at the limit, {len(result.unusable)} questions could not be asked and score 0.",
     ]
     if result.missing:
         parts.append(f"No file for {', '.join(result.missing)}: the means are without them.")
@@ -65,6 +65,7 @@ def write(settings: EvalSettings, results: Sequence[Result]) -> Path:
         "model": settings.model, "frames": settings.frames, "pixels": settings.pixels,
         "template": settings.template, "temperature": settings.temperature, "samples": settings.samples,
         "max_new_tokens": settings.max_new_tokens, "seed": settings.seed, "limit": settings.limit,
+        "dtype": settings.dtype, "attention": settings.attention,
     }  # fmt: skip
     text = json.dumps({"settings": made, "results": [r.as_json() for r in results]}, indent=1)
     (settings.out / "results.json").write_text(text + "\n", encoding="utf-8")

@@ -46,7 +46,8 @@ class TaskResult:
 class Result:
     """A benchmark's figures.
 
-    questions: rows of the files, all of which count. answered: share of answers that could be read.
+    questions: rows of the files, all of which count. answered: share of answers that could be read. untagged:
+    that came without an answer in a complete pair of tags. truncated: that ran into the limit.
     sample_mean: over questions, each the mean of its samples. macro_mean: over tasks, those of one group
     averaged first. votes, macro_votes: the same for the majority's answers; {} for one sample. unusable: what
     could not be asked, with the reasons; it scores 0.

@@ -232,5 +232,6 @@ def _answer(item: Question, number: int, ids: Sequence[int], logp: torch.Tensor,
         answer_p_mean=None if of_answer is None else float(of_answer.exp().mean()),
         answer_p_min=None if of_answer is None else float(of_answer.exp().min()),
         answer_logp_mean=None if of_answer is None else float(of_answer.mean()),
+        answer_logp=None if of_answer is None else of_answer.tolist(),
         sequence_logp_mean=float(logp.double().mean()) if len(logp) else None,
     )  # fmt: skip
