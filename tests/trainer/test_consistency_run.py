@@ -179,6 +179,34 @@ def test_a_command_that_failed_goes_on(server: FakeChat, tmp_path: Path) -> None
     assert asked(given) == want and len(server.seen) == before + 4  # nothing is asked twice
 
 
+def test_a_prompt_that_the_server_refuses_is_not_asked_and_the_others_are(
+    server: FakeChat, tmp_path: Path
+) -> None:
+    """Too long for its context, say. Where it takes none, something else is wrong, and the command stops."""
+
+    def refusing(body: Any) -> Any:
+        return (400, {}, b"context length") if "so Q" in body["messages"][0]["content"] else by_chain(body)
+
+    file = answers(tmp_path / "eval", *(line(i, f"so {c}", "B", 0.9) for i, c in enumerate("BQB")))
+    server.answers = [refusing]
+    for _ in range(2):  # also where all the others are known already
+        found = only(run_consistency(settings(server, file))).kinds[0]
+        assert found.why == {"not_asked": 1} and found.match.value == 2 / 3
+    server.answers = [(400, {}, b"no such option")]
+    wanted = "none of the 2 prompts: judge .* status 400: no such option; mend that"
+    with pytest.raises(UserError, match=wanted):
+        run_consistency(settings(server, file, out=tmp_path / "other"))
+
+
+def test_half_a_character_in_a_reply_is_kept_as_text(server: FakeChat, tmp_path: Path) -> None:
+    content = b'{"choices": [{"message": {"content": "\\ud83d <answer>B</answer>"}}]}'
+    file = answers(tmp_path / "eval", line(0, "so B", "B", 0.9))
+    server.answers = [content]
+    for _ in range(2):
+        assert only(run_consistency(settings(server, file))).kinds[0].match.value == 1.0
+    assert len(server.seen) == 1
+
+
 KILLED = """
 import sys
 from raise_trainer.cli import main

@@ -19,7 +19,12 @@ from .json_lines import append_json_lines, drop_torn_line, read_json_lines
 LONGEST_REPLY = 1 << 20  # bytes
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two tries; doubled each time
 AGAIN = {408, 409, 425, 429}  # and whatever is 500 or more
+REFUSED = {400, 413, 422}  # this request, and perhaps no other one
 SHOWN = 300  # characters of a server's own message
+
+
+class PromptRefused(UserError):
+    """A server will not take this request, say because it is too long: status 400, 413 or 422."""
 
 
 def question_hash(question: Any) -> str:
@@ -102,7 +107,8 @@ class ChatClient:
         return question_hash(self._body(messages, options))
 
     def reply(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """What the model says at temperature 0: from the cache, or asked. UserError when it cannot be had.
+        """What the model says at temperature 0: from the cache, or asked. UserError when it cannot be had;
+        PromptRefused when that is for this request.
 
         options: further fields of the request, such as max_tokens.
         """
@@ -128,9 +134,10 @@ class ChatClient:
                     said = error.read(SHOWN).decode("utf-8", "replace")
                 why = self._hidden(f"status {error.code}: {' '.join(said.split())}")
                 if error.code not in AGAIN and error.code < 500:
-                    raise UserError(f"judge {self.url}: {why}") from None
+                    kind = PromptRefused if error.code in REFUSED else UserError
+                    raise kind(f"judge {self.url}: {why}") from None
                 asked = error.headers.get("Retry-After", "")
-                wait = max(wait, float(asked)) if asked.isdigit() else wait
+                wait = max(wait, float(asked)) if asked.isdecimal() else wait
             # no connection, a time-out, an answer cut off, or no JSON of the right form
             except (OSError, http.client.HTTPException, ValueError) as error:
                 why = self._hidden(str(error) or type(error).__name__)
@@ -156,7 +163,8 @@ class ChatClient:
             content = json.loads(read)["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise ValueError(f"a reply without choices: {read[:80]!r}") from None
-        return content if isinstance(content, str) else ""
+        # half of a character's two escapes is no text that a file can hold
+        return content.encode("utf-8", "replace").decode() if isinstance(content, str) else ""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

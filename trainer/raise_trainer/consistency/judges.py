@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..chat_client import ChatClient, ReplyCache, question_hash
+from ..chat_client import ChatClient, PromptRefused, ReplyCache, question_hash
 from ..errors import BadRow
 from ..rows import Row
 
@@ -68,12 +68,19 @@ class ServerJudge:
         return self.client.name(self._chat(prompt), **self._options)
 
     def ask(self, prompts: Sequence[str]) -> Iterator[tuple[str, str | BadRow]]:
-        """See Judge. UserError when the server gives no answer; what it gave before is kept."""
+        """See Judge. UserError when the server gives no answer; what it gave before is kept.
+
+        A request that it refuses (status 400, 413, 422) is a prompt that cannot be put.
+        """
         with ThreadPoolExecutor(self.parallel) as pool:
             asked = {pool.submit(self.client.reply, self._chat(p), **self._options): p for p in prompts}
             try:
                 for done in as_completed(asked):
-                    yield asked[done], done.result()
+                    try:
+                        reply: str | BadRow = done.result()
+                    except PromptRefused as error:
+                        reply = BadRow(str(error))
+                    yield asked[done], reply
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 

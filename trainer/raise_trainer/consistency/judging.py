@@ -9,7 +9,7 @@ import numpy as np
 
 from raise_core.tags import Reason, answer_in
 
-from ..errors import BadRow
+from ..errors import BadRow, UserError
 from ..logbook import Logbook
 from .judges import Judge, judge_prompt
 from .match import THRESHOLD, Disagreement, disagreement, score_of
@@ -47,7 +47,7 @@ class Judged:
 def ask_judge(answers: Sequence[Answer], judge: Judge, log: Logbook) -> tuple[dict[str, str], dict[str, str]]:
     """Replies by prompt, and why prompts could not be put. Each prompt is put once, and never again.
 
-    The bar has the time left of those that are not in the judge's cache.
+    The bar has the time left of those that are not in the judge's cache. UserError when not one could be put.
     """
     prompts = list(dict.fromkeys(judge_prompt(a.row, a.chain) for a in answers if a.row and a.chain))
     known = {prompt: judge.cache.get(judge.name(prompt)) for prompt in prompts}
@@ -60,6 +60,11 @@ def ask_judge(answers: Sequence[Answer], judge: Judge, log: Logbook) -> tuple[di
             else:
                 replies[prompt] = reply
             stage.advance()
+    if refused and not replies:
+        raise UserError(
+            f"the judge can take none of the {len(refused)} prompts: {next(iter(refused.values()))}; mend "
+            "that, ask for fewer --max-new-tokens, or name another judge"
+        )
     return replies, refused
 
 
