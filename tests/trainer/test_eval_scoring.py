@@ -78,6 +78,7 @@ CASES: list[tuple[str, str, str | None, float, float]] = [
     ("vsibench/5", "<answer>A</answer> no, <answer>B</answer>", None, 0.0, 1.0),
     ("vsibench/5", "=A", "missing", 1.0, 1.0),
     ("vsibench/5", "=The answer is A.", "missing", 1.0, 0.0),
+    ("vsibench/5", "=So the answer is A because the bed is on that side.", "missing", 1.0, 0.0),
     ("vsibench/5", "=Option B? No: the answer is (A)", "missing", 1.0, 0.0),
     ("vsibench/5", "=The answer is a man on the left", "unparsable", 0.0, 0.0),
     ("vsibench/6", "C", None, 1.0, 1.0),

@@ -19,7 +19,7 @@ from .questions import Question, Rule
 from .temp_compass import NAMED
 
 _SAID = re.compile(
-    r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\**\(?\s*([A-Z])\s*\)?(?=\s*$|\s*[.,;:!*)]|\s*\n)",
+    r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\**\(?\s*([A-Z])\s*\)?(?=\s*$|\s*[.,;:!*)]|\s*\n|\s+(?:because|since)\b)",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
@@ -41,7 +41,8 @@ def gold(question: Question) -> str:
 def choice(question: Question, text: str) -> Judged:
     """1 for the right option's letter, or for its whole text.
 
-    Also "the answer is B", where the letter ends a sentence; the last such sentence counts.
+    Also "the answer is B", where the letter ends a sentence or its reason follows ("because", "since"); the
+    last such sentence counts.
     """
     letter, truth = chosen(question, text), gold(question)
     return float(letter != "" and letter == chosen(question, truth)), letter

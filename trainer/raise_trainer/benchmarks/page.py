@@ -38,8 +38,8 @@ def note(result: Result) -> str:
     form = "the published files" if result.source == "published" else f"Video-R1's eval_{result.bench}.json"
     parts = [
         f"{result.questions} questions about {result.videos} videos, from {form}.",
-        f"{result.untagged:.1%} of the outputs without an answer inside tags, "
-        f"{result.truncated:.1%} cut at the limit, {len(result.unusable)} questions could not be asked and score 0.",
+        f"{result.untagged:.1%} of the outputs without an answer inside tags, {result.truncated:.1%} cut at "
+        f"the limit, {len(result.unusable)} questions could not be asked and score 0.",
     ]
     if result.missing:
         parts.append(f"No file for {', '.join(result.missing)}: the means are without them.")
