@@ -27,7 +27,10 @@ def _question(bench: str, label: str, doc: Doc) -> Question:
 def _text(bench: str, label: str = "") -> Callable[..., str]:
     def doc_to_text(doc: Doc, lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> str:
         name = (lmms_eval_specific_kwargs or {}).get("template", "think")
-        return load_template(name).render(_question(bench, label, doc))
+        try:
+            return load_template(name).render(_question(bench, label, doc))
+        except BadRow:  # it scores 0; an error would end the run
+            return str(doc.get("question"))
 
     return doc_to_text
 
@@ -38,7 +41,7 @@ def _results(bench: str, label: str = "") -> Callable[[Doc, Sequence[str]], dict
         try:
             row = _question(bench, label, doc)
         except BadRow:
-            about = {"task": label or "unreadable rows", "video": "", "reason": "bad_row"}
+            about = {"task": BENCHMARKS[bench].task_of(doc, label), "video": "", "reason": "bad_row"}
             scores = dict.fromkeys(SCORERS, 0.0)
         else:
             graded = grade(row, results[0])

@@ -133,3 +133,5 @@ def test_a_row_that_cannot_be_used_scores_0_and_counts() -> None:
     found = UTILS.vsibench_results(doc, ["<answer>4</answer>"])
     assert set(found) == {m["metric"] for m in config(FOLDER / "raise_vsibench.yaml")["metric_list"]}
     assert all((value["score"], value["reason"]) == (0.0, "bad_row") for value in found.values())
+    assert all(value["task"] == "object_counting" for value in found.values())
+    assert UTILS.vsibench_text(doc) == doc["question"]  # the run goes on
