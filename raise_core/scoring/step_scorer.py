@@ -92,6 +92,19 @@ class StepScorer:
 
         Raises ValueError for a chain that is longer than the context, naming it.
         """
+        return self.row_margins(self.tag_rows(prompts, tagged, features=features))
+
+    def tag_rows(
+        self,
+        prompts: Sequence[Mapping[str, Any]],
+        tagged: Sequence[Sequence[TaggedChain]],
+        *,
+        features: Sequence[VisionFeatures | None] | None = None,
+    ) -> Tensor:
+        """Last hidden state at every tag, [K, D] with gradient, ordered as `margins`, which takes it on.
+
+        For a loss of one's own at the tags, beside that of the scores. Raises what `margins` raises.
+        """
         for p, group in enumerate(tagged):
             size = int(torch.as_tensor(prompts[p]["input_ids"]).shape[-1])
             for g, chain in enumerate(group):
@@ -103,9 +116,13 @@ class StepScorer:
         starts = torch.tensor([0, *(len(ids) for group in fed for ids in group)]).cumsum(0).tolist()
         flat = [chain for group in tagged for chain in group]
         at = [start + q + 1 for start, t in zip(starts, flat, strict=False) for q in t.positions]
+        return rows.hidden[torch.tensor(at, dtype=torch.long, device=rows.hidden.device)]
+
+    def row_margins(self, rows: Tensor) -> Tensor:
+        """Log-odds of good, [K] nats with gradient, of `tag_rows` [K, D]."""
         head = self.scorer.head()
         return step_margins(
-            rows.hidden, head.weight, torch.tensor(at, dtype=torch.long, device=rows.hidden.device),
+            rows, head.weight, torch.arange(len(rows), device=rows.device),
             self.tokens.good, self.tokens.bad, bias=head.bias, temperature=self.temperature,
             logit_scale=head.logit_scale, softcap=head.softcap, impl=self.scorer.impl,
         )  # fmt: skip

@@ -19,13 +19,12 @@ from .chain_tokens import add_chain_tokens
 from .config import DemoConfig
 from .data import Refused, load_rows
 from .demo import check_device, open_run, save_model
+from .demo_prm import Lesson, lessons, train_prm
 from .dpo.step import Pair, best_and_worst, dpo_step
 from .errors import UserError
 from .evaluate import judge as right_and_match
 from .logbook import Logbook
 from .loop import Supervised, _adamw, _batches, run_sft, set_lr
-from .prm.chains import step_tokens, tagged_row
-from .prm.train import Labelled, prm_step
 from .prompts import Prompt, PromptBuilder, target_ids
 from .rollout import draws, sample
 from .rows import Row
@@ -50,7 +49,7 @@ class World:
     supervised: list[Supervised]
     train: list[Prompt]
     test: list[Prompt]
-    labelled: list[tuple[Prompt, Labelled]]
+    lessons: list[Lesson]
 
 
 def run_demo_steps(config: StepsConfig) -> Path:
@@ -107,7 +106,7 @@ def learned(data: World, config: StepsConfig, log: Logbook) -> tuple[Any, Any]:
     save_model(policy, data.processor, config.out / "sft")
     has_prm = start is not None and (start / "prm").is_dir()
     prm = _loaded(start / "prm", policy) if start is not None and has_prm else copy.deepcopy(policy)
-    _train_prm(prm, data, config, log)
+    train_prm(prm, data.processor.tokenizer, data.lessons, config, log)
     save_model(prm, data.processor, config.out / "prm")
     return policy, prm
 
@@ -143,36 +142,20 @@ def prepare(config: StepsConfig, log: Logbook) -> World:
             for row in some:
                 made[name].append(builder(row))
                 stage.advance()
-    tokens = step_tokens(tokenizer)
-    labelled = [(p, tagged_row(p.row, tokenizer, tokens)) for p in made["prm"]]
     supervised = [Supervised(p, target_ids(p.row, tokenizer)) for p in made["sft"]]
     longest = max(len(s.target) for s in supervised)
     if longest > ROOM:
         raise UserError(f"a chain has {longest} tokens, the demo leaves {ROOM}")
     looked = [Supervised(p, _answer_ids(p.row, tokenizer)) for p in made["train"]]
     return World(
-        processor, model.to(config.device), looked, supervised, made["train"], made["test"], labelled
-    )
+        processor, model.to(config.device), looked, supervised, made["train"], made["test"],
+        lessons(made["prm"], tokenizer),
+    )  # fmt: skip
 
 
 def _answer_ids(row: Row, tokenizer: Any) -> list[int]:
     ids: list[int] = tokenizer(row.solution, add_special_tokens=False)["input_ids"]
     return [*ids, tokenizer.eos_token_id]
-
-
-def _train_prm(prm: Any, data: World, config: StepsConfig, log: Logbook) -> None:
-    """Binary cross-entropy on chains whose labels the world knows exactly."""
-    prm.train()
-    scorer = rc.StepScorer(rc.Scorer(prm), data.processor.tokenizer)
-    batches = _batches(data.labelled, config.batch, random.Random(f"{config.seed} prm"))
-    optimizer = _adamw(prm, config.lr / 2)
-    with log.stage("prm", config.prm_steps) as stage:
-        for step in range(config.prm_steps):
-            set_lr(optimizer, config.lr / 2, step, config.prm_steps)
-            some = next(batches)
-            figures = prm_step(scorer, optimizer, [p.inputs for p, _ in some], [x for _, x in some])
-            log.write("prm", step, **figures)
-            stage.advance(loss=figures["loss"], acc=figures.get("step_accuracy", 0.0))
 
 
 def _generation(policy: Any, data: World, config: StepsConfig) -> Generation:

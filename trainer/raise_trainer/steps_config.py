@@ -31,7 +31,7 @@ class StepsConfig:
     """examples in each of them"""
     warm_steps: int = 260
     """supervised steps on structured chains, some of them wrong"""
-    prm_steps: int = 500
+    prm_steps: int = 350
     """steps of the PRM, which starts from the warm-started policy"""
     batch: int = 16
     """examples in a supervised step and in one of the PRM"""

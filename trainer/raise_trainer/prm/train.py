@@ -58,12 +58,13 @@ def prm_step(
         margins.append(d.detach().float().cpu())
         wanted.append(y)
     (loss,) = ranks.totals(loss)
-    figures = {"loss": loss} | _figures(torch.cat(margins), torch.cat(wanted))
+    figures = {"loss": loss} | tag_figures(torch.cat(margins), torch.cat(wanted))
     batch = [chain.ids for chain, _ in labelled]
     return figures | finish(scorer.scorer.model, optimizer, loss, guard, step, batch)
 
 
-def _figures(margins: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+def tag_figures(margins: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """step_accuracy, good_score and bad_score of `prm_step`. margins [K] nats, targets [K], on the CPU."""
     good, bad = targets > NEUTRAL, targets < NEUTRAL
     score = torch.sigmoid(margins)
     sums = ranks.totals(
