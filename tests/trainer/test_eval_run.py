@@ -151,6 +151,20 @@ def test_the_stamp_of_a_large_file_is_of_pieces_from_its_beginning_to_its_end(tm
     assert model_stamp("Some/Model") == ""
 
 
+def test_answers_are_scored_by_the_rules_of_today(folder: Path, tmp_path: Path) -> None:
+    """Those of an earlier version too: its scores and ours would be mixed in one mean."""
+    given = settings(folder, tmp_path / "out", "--limit", 2)
+    run(given)
+    file = given.out / "answers.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0] |= {"text": "<answer>4</answer>", "vote": "", "reason": "unparsable"}
+    lines[1] |= {"scores": {"official": 1.0, "video_r1": 1.0}}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result, _ = run(given)
+    assert {k: v.mean for k, v in result.sample_mean.items()} == {"video_r1": 0.5, "official": 0.5}
+    assert result.answered >= 0.5
+
+
 def test_a_process_without_a_question_waits_for_the_others(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
