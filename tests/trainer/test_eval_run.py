@@ -351,9 +351,20 @@ def test_the_command_prints_tables_and_writes_the_page(
     assert made["results"][0]["questions"] == 2 and (tmp_path / "out/results.html").is_file()
 
 
-def test_arguments() -> None:
+def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = settings_of(["a/b/", "--bench", "all", "--data", "d", "--frames", "32"])
     assert (given.out, len(given.bench), given.frames) == (Path("runs/eval-b-32"), 6, 32)
     assert settings_of(["m", "--bench", "mmvu", "mmvu", "--data", "d"]).bench == ("mmvu",)
+    monkeypatch.chdir(tmp_path)
+    outs = set[Path]()
+    for model in (
+        "runs/x/checkpoints/save-1/model",
+        "runs/x/checkpoints/save-2/model",
+        "runs/y/model",
+        "model",
+    ):
+        (tmp_path / model).mkdir(parents=True, exist_ok=True)
+        outs.add(settings_of([model, "--bench", "mmvu", "--data", "d"]).out)
+    assert outs == {Path("runs") / f"eval-{name}-16" for name in ("x-save-1", "x-save-2", "y", "model")}
     with pytest.raises(SystemExit):
         settings_of(["m", "--bench", "other", "--data", "d"])

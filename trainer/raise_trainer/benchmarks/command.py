@@ -52,9 +52,16 @@ def settings_of(arguments: Sequence[str]) -> EvalSettings:
     names = dict.fromkeys(given.pop("bench"))
     given["bench"] = NAMES if "all" in names else tuple(names)
     if given["out"] is None:
-        name = given["model"].rstrip("/").rpartition("/")[2]
-        given["out"] = Path("runs") / f"eval-{name}-{given['frames']}"
+        given["out"] = Path("runs") / f"eval-{_called(given['model'])}-{given['frames']}"
     return EvalSettings(**given)
+
+
+def _called(model: str) -> str:
+    """Of a Hugging Face id its last part; of a folder the last two that tell one checkpoint from another."""
+    parts = [
+        part for part in Path(model).parts if part not in ("/", ".", "..", "runs", "checkpoints", "model")
+    ]
+    return "-".join(parts[-2:] if Path(model).is_dir() else parts[-1:]) or "model"
 
 
 def run_command(arguments: Sequence[str]) -> int:
