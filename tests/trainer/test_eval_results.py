@@ -20,7 +20,7 @@ from raise_trainer.benchmarks.answers import (
     read_answers,
 )
 from raise_trainer.benchmarks.load import load
-from raise_trainer.benchmarks.page import lines, show, write
+from raise_trainer.benchmarks.page import lines, note, show, write
 from raise_trainer.benchmarks.results import majority, means_of, summarise
 from raise_trainer.benchmarks.settings import EvalSettings
 from raise_trainer.errors import UserError
@@ -60,6 +60,15 @@ def test_vsi_bench_macro_mean_averages_directions_first() -> None:
     close(found.macro_mean["video_r1"].mean, 4.25 / 16)
     assert (found.questions, found.videos, len(found.tasks), found.answered) == (10, 4, 10, 1.0)
     assert found.votes == {} and found.unusable == []
+
+
+def test_a_macro_mean_over_other_tasks_than_the_eight_is_said_to_be_one() -> None:
+    """Video-R1's rows may name no question type; the figure is then not VSI-Bench's."""
+    for folder, said in ((ROWS / "video_r1", "Its macro mean is over 1"), (ROWS, "")):
+        loaded = load("vsibench", folder)
+        given = {(a.bench, a.id, 0): a for a in (answer(i.id, i.task, i.video) for i in loaded.items)}
+        text = note(summarise(loaded, given, 1, ("official",)))
+        assert said in text and ("macro" in text) == bool(said)
 
 
 def test_what_has_no_answer_stays_in_every_denominator() -> None:
@@ -221,6 +230,9 @@ def test_a_folder_keeps_to_its_settings(tmp_path: Path) -> None:
         check_settings(out, {"frames": 16, "data/mmvu": 3})
     with pytest.raises(UserError, match="no evaluation"):
         check_settings(tmp_path, {"frames": 16})
+    (out / "settings.json").write_text("[]")
+    with pytest.raises(UserError, match="holds list, expected an object"):
+        check_settings(out, {"frames": 16})
     (out / "settings.json").unlink()
     (out / "settings.tmp").write_text("{half")
     check_settings(out, {"frames": 16})

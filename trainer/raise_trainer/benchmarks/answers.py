@@ -117,6 +117,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             _write(file, settings)
             return
         before = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"holds {type(before).__name__}, expected an object")
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be used ({error}); name another folder with --out") from None
     differ = [

@@ -9,9 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..pages import render
+from .load import BENCHMARKS
 from .results import Result
 from .settings import EvalSettings
 
+VSI_TASKS = 8
 MOST_UNUSABLE = 200  # listed on the page
 
 
@@ -41,6 +43,11 @@ def note(result: Result) -> str:
         f"{result.untagged:.1%} of the outputs without an answer inside tags, {result.truncated:.1%} cut at "
         f"the limit, {len(result.unusable)} questions could not be asked and score 0.",
     ]
+    groups = len({BENCHMARKS[result.bench].group(task.task) for task in result.tasks})
+    if result.bench == "vsibench" and groups != VSI_TASKS:
+        parts.append(
+            f"Its macro mean is over {groups} tasks, VSI-Bench's over {VSI_TASKS}: do not compare them."
+        )
     if result.missing:
         parts.append(f"No file for {', '.join(result.missing)}: the means are without them.")
     return " ".join(parts)
