@@ -11,10 +11,14 @@ import pytest
 import torch
 
 import raise_core as rc
-from raise_trainer import cli, world
+from raise_core.chain import StepTokens
+from raise_trainer import cli, tiny, world
+from raise_trainer.chain_tokens import add_chain_tokens
+from raise_trainer.demo_prm import own_lesson
 from raise_trainer.errors import UserError
 from raise_trainer.evaluate import judge
 from raise_trainer.prm.chains import chain_text
+from raise_trainer.prompts import Prompt
 from raise_trainer.rows import Row
 from raise_trainer.step_world import (
     CHAINS,
@@ -22,6 +26,7 @@ from raise_trainer.step_world import (
     PARTS,
     SLIP,
     answer_of,
+    judged_steps,
     labels,
     mistaken,
     slipped,
@@ -46,6 +51,36 @@ def test_labels_and_text() -> None:
     ]  # fmt: skip
     row = Row(1, "?", "video", "free-form", (), f"<answer>{answer_of(TRUTH)}</answer>", None, "demo/describe")
     assert judge(row, whole)[0] is False and judge(row, supervised(TRUTH)["solution"])[0] is True
+
+
+def test_a_step_is_good_once() -> None:
+    colour, ring, left = steps_of(("yellow", "ring", "left"))
+    empty = rc.Step("", "who knows", "")
+    assert judged_steps([colour, ring, ring, empty, left], TRUTH) == [
+        (False, "red"), (True, "ring"), (False, "ring"), (False, None), (True, "left")
+    ]  # fmt: skip
+    assert judged_steps([], TRUTH) == []
+
+
+def test_lessons_of_own_chains() -> None:
+    processor = tiny.build_processor()
+    tokenizer = processor.tokenizer
+    add_chain_tokens(tiny.build_model(processor, seed=0), tokenizer)
+    row = Row(1, "?", "video", "free-form", (), f"<answer>{answer_of(TRUTH)}</answer>", None, "demo/describe")
+    prompt, tokens = Prompt(row, {}, None), StepTokens.of(tokenizer)
+
+    def lesson(text: str) -> Any:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return own_lesson(prompt, ids, tokenizer, tokens)
+
+    said = supervised(("red", "square", "left"))
+    made = lesson(said["process"] + said["solution"])
+    assert made.labelled[1] == (1.0, 0.0, 1.0, 0.0)  # the answer follows the steps, and is wrong
+    assert [tokenizer.decode(i).strip() for i in made.true] == list(TRUTH)
+    assert len(made.chain.positions) == 4
+    cut = lesson(said["process"])  # no answer, so no tag of one
+    assert cut.labelled[1] == (1.0, 0.0, 1.0) and len(cut.chain.positions) == 3
+    assert lesson("the colour is red") is None
 
 
 def test_mistakes_have_their_shares() -> None:
@@ -90,6 +125,7 @@ def test_every_stage_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     stages = {line["stage"] for line in lines}
     assert {"look", "warm start", "prm", "pairs", "evaluate"} <= stages
+    assert all(line["naming"] > 0 for line in lines if line["stage"] == "prm" and "loss" in line)
     evaluated = [line["model"] for line in lines if line["stage"] == "evaluate"]
     assert evaluated == ["warm start", "DPO round 1"]
     with pytest.raises(UserError, match="holds no sft"):

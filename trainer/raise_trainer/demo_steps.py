@@ -19,7 +19,7 @@ from .chain_tokens import add_chain_tokens
 from .config import DemoConfig
 from .data import Refused, load_rows
 from .demo import check_device, open_run, save_model
-from .demo_prm import Lesson, lessons, train_prm
+from .demo_prm import TOGETHER, Lesson, lessons, own_lessons, train_prm
 from .dpo.step import Pair, best_and_worst, dpo_step
 from .errors import UserError
 from .evaluate import judge as right_and_match
@@ -32,11 +32,10 @@ from .search.beam import Generation
 from .search.figure import draw_curves
 from .search.questions import search_questions
 from .search.votes import TITLES, curves
-from .step_world import true_word, truth_of, write_step_dataset
+from .step_world import judged_steps, truth_of, write_step_dataset
 from .steps_config import SMOKE, StepsConfig
 
 ROOM = 112  # longest completion, in tokens
-TOGETHER = 32  # questions sampled at a time
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,9 @@ def learned(data: World, config: StepsConfig, log: Logbook) -> tuple[Any, Any]:
     save_model(policy, data.processor, config.out / "sft")
     has_prm = start is not None and (start / "prm").is_dir()
     prm = _loaded(start / "prm", policy) if start is not None and has_prm else copy.deepcopy(policy)
-    train_prm(prm, data.processor.tokenizer, data.lessons, config, log)
+    if config.prm_steps:
+        own = own_lessons(_generation(policy, data, config), data.train, config, log)
+        train_prm(prm, data.processor.tokenizer, [*data.lessons, *own], config, log)
     save_model(prm, data.processor, config.out / "prm")
     return policy, prm
 
@@ -241,8 +242,7 @@ def prm_figures(judge: ChainJudge, data: World, policy: Any, config: StepsConfig
         truth = truth_of(prompt.row)
         for ids, one in zip(group, scores, strict=True):
             chain = rc.parse_chain(how.tokenizer.decode(ids))
-            for step, score in zip(chain.steps, one.scores.steps, strict=True):
-                good = true_word(step, truth) is not None
+            for (good, _), score in zip(judged_steps(chain.steps, truth), one.scores.steps, strict=True):
                 seen[good][0] += (score > 0.5) == good
                 seen[good][1] += 1
     right, count = (seen[True][i] + seen[False][i] for i in (0, 1))

@@ -30,7 +30,8 @@ REFLECTION = "the video shows"  # every token of a chain's form is learned, so t
 SLIP = 0.12  # share of the warm start's words that are another one at random
 MISTAKEN = {"red": "yellow", "yellow": "red", "green": "blue", "blue": "green"}
 MISTAKE = 0.6  # share of the warm start's ring videos whose colour is mistaken
-CORRUPT = 0.45  # share of wrong words in the chains that a PRM learns from
+RIGHT = 0.4  # share of the chains for a PRM whose steps are all right; without them right answers are rare
+CORRUPT = 0.45  # share of wrong words in the others
 CHAINS = 3  # of each video for the PRM
 
 Words = tuple[str, ...]
@@ -87,6 +88,21 @@ def true_word(step: rc.Step, truth: Sequence[str]) -> str | None:
     return None
 
 
+def judged_steps(steps: Sequence[rc.Step], truth: Sequence[str]) -> list[tuple[bool, str | None]]:
+    """Whether each step is good, and the word that is true where it states one of its kind.
+
+    Good is what states a true word that no good step before it stated. None for a step that states no word.
+    """
+    found, stated = list[tuple[bool, str | None]](), set[str]()
+    for step in steps:
+        kind = next((i for i, task in enumerate(ASKED) if world.chain_claim(task, step.thought)), None)
+        word = true_word(step, truth)
+        found.append((word is not None and word not in stated, None if kind is None else truth[kind]))
+        if word is not None:
+            stated.add(word)
+    return found
+
+
 def write_step_dataset(
     root: Path, *, train_videos: int, test_videos: int, seed: int, advance: Callable[[int], None]
 ) -> None:
@@ -134,8 +150,9 @@ def supervised(words: Words) -> dict[str, str]:
 
 def _labelled(rng: random.Random, truth: Words) -> dict[str, Any]:
     """A chain with wrong words, and an answer that mostly follows from it, with labels that are exact."""
-    said = slipped(rng, truth, CORRUPT)
-    if truth[1] == "ring" and rng.random() < CORRUPT:
+    wrong = 0.0 if rng.random() < RIGHT else CORRUPT
+    said = slipped(rng, truth, wrong)
+    if truth[1] == "ring" and rng.random() < wrong:
         said = (MISTAKEN[truth[0]], *said[1:])
     answered = slipped(rng, said, SLIP)
     steps = [{"name": s.name, "thought": s.thought, "reflection": s.reflection} for s in steps_of(said)]

@@ -31,7 +31,9 @@ class StepsConfig:
     """examples in each of them"""
     warm_steps: int = 260
     """supervised steps on structured chains, some of them wrong"""
-    prm_steps: int = 350
+    own_chains: int = 2
+    """chains of each training video that the warm-started policy writes for the PRM to learn from"""
+    prm_steps: int = 400
     """steps of the PRM, which starts from the warm-started policy"""
     batch: int = 16
     """examples in a supervised step and in one of the PRM"""
@@ -57,7 +59,7 @@ class StepsConfig:
     """weight of the chosen path's negative log-probability"""
     dpo_lr: float = 2e-4
     """learning rate of the preference steps"""
-    dpo_batch: int = 16
+    dpo_batch: int = 8
     """pairs in a step"""
     epochs: int = 2
     """times each pair is used in a round"""
@@ -67,6 +69,6 @@ class StepsConfig:
 
 SMOKE: dict[str, Any] = {
     "train_videos": 12, "test_videos": 3, "look_steps": 3, "look_batch": 4, "warm_steps": 50,
-    "prm_steps": 3, "batch": 4, "n": (1, 2),
+    "own_chains": 1, "prm_steps": 3, "batch": 4, "n": (1, 2),
     "rounds": 1, "paths": 4, "questions": 4, "dpo_batch": 2, "samples": 2, "epochs": 1, "min_gap": 0.0,
 }  # fmt: skip
