@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 
 from ..errors import UserError
 from ..pages import INK, RIGHT, STYLE, WRONG
@@ -13,6 +14,7 @@ from .analysis import HISTOGRAM_BINS, Analysis, Separation
 from .discrimination import Discrimination
 from .statistics import Bin, Interval
 
+LONG_NAME = 10  # characters of a reward, which is written slanting from there on
 ARM_COLOURS = (INK, WRONG, RIGHT, "#8a5ca8", "#c79a1b", "#3d8fb8")
 
 
@@ -46,6 +48,7 @@ def _histogram(axis: Any, found: Separation) -> None:
         heights = [count / total if total else 0.0 for count in counts]
         axis.stairs(heights, edges, fill=True, color=colour, alpha=0.55, label=f"{name} ({total})")
     axis.set_xlim(0, 1)
+    axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
 
 
@@ -92,31 +95,44 @@ def _shares(axis: Any, bins: Sequence[Bin], colour: str) -> None:
 def draw_rewards(arms: Mapping[str, Mapping[str, Discrimination]]) -> Any:
     """For each reward and arm, how often a supported completion earns more than another of its group."""
     rewards = list(dict.fromkeys(name for arm in arms.values() for name in arm))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 2.9), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     width = 0.8 / max(len(arms), 1)
+    slant: Any = {"rotation": 20, "ha": "right"} if max(map(len, rewards)) > LONG_NAME else {}
     parts: tuple[tuple[Any, str, Callable[[Discrimination], Interval]], ...] = (
         (axes[0], "Pairs in order (AUROC in all-right groups)", lambda d: d.auroc),
         (axes[1], "Supported less unsupported, mean reward", lambda d: d.difference),
     )
     for axis, title, of in parts:
-        for number, (arm, found) in enumerate(arms.items()):
+        for number, found in enumerate(arms.values()):
             for place, reward in enumerate(rewards):
                 interval = of(found[reward]) if reward in found else Interval(None)
                 if interval.value is None:
                     continue
                 x = place + (number - (len(arms) - 1) / 2) * width
-                label = arm if place == 0 else None
                 colour = ARM_COLOURS[number % len(ARM_COLOURS)]
-                axis.plot(x, interval.value, "o", color=colour, label=label, markersize=5)
+                axis.plot(x, interval.value, "o", color=colour, markersize=5)
                 if interval.low is not None and interval.high is not None:
                     axis.plot([x, x], [interval.low, interval.high], color=colour, linewidth=1.5)
-        axis.set_xticks(range(len(rewards)), rewards, parse_math=False)
+        axis.set_xticks(range(len(rewards)), rewards, parse_math=False, **slant)
+        axis.set_xlim(-0.5, len(rewards) - 0.5)
         axis.set_title(title, loc="left", fontweight="bold")
     axes[0].axhline(0.5, color="#9aa3ad", linewidth=1, linestyle="--")
     axes[1].axhline(0.0, color="#9aa3ad", linewidth=1, linestyle="--")
     if len(arms) > 1:
-        axes[0].legend(frameon=False)
+        _name_arms(figure, list(arms))
     return figure
+
+
+def _name_arms(figure: Any, arms: Sequence[str]) -> None:
+    """Below the axes, as written: a folder's name may hold a `$`, or begin with `_`."""
+    dots = [
+        Line2D([], [], color=ARM_COLOURS[i % len(ARM_COLOURS)], marker="o", linestyle="", markersize=5)
+        for i in range(len(arms))
+    ]
+    legend = figure.legend(dots, ["arm"] * len(arms), loc="outside lower center", ncols=4, frameon=False)
+    for text, arm in zip(legend.get_texts(), arms, strict=True):
+        text.set_parse_math(False)
+        text.set_text(arm)
 
 
 DRAWINGS: dict[str, Callable[[Analysis], Any]] = {
