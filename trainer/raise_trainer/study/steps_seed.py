@@ -37,6 +37,7 @@ class StepSizes:
     look_steps: int = StepsConfig.look_steps
     look_batch: int = StepsConfig.look_batch
     warm_steps: int = StepsConfig.warm_steps
+    own_chains: int = StepsConfig.own_chains
     prm_steps: int = StepsConfig.prm_steps
     batch: int = StepsConfig.batch
     lr: float = StepsConfig.lr
