@@ -32,6 +32,16 @@ def command_of(config: dict[str, Any]) -> str:
     return " ".join(words)
 
 
+def configs_of(run: Path) -> list[dict[str, Any]]:
+    """The settings of a run, behind those of the runs that it was started from, the first one first."""
+    found = list[dict[str, Any]]()
+    at: str | Path | None = run
+    while at is not None:
+        found.insert(0, json.loads((Path(at) / "config.json").read_text(encoding="utf-8")))
+        at = found[0]["start"]
+    return found
+
+
 def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
@@ -49,10 +59,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench search", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
     run = parser.parse_args(argv).run
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    started = config["start"] and json.loads((Path(config["start"]) / "config.json").read_text("utf-8"))
-    commands = [command_of(c) for c in (started, config) if c]
-    made = {"command": "; ".join(commands), **provenance()}
+    made = {"command": "; ".join(map(command_of, configs_of(run))), **provenance()}
     found = records_of(run)
     text = "".join(json.dumps(record | made) + "\n" for record in found)
     (RESULTS / "search.jsonl").write_text(text, encoding="utf-8")
