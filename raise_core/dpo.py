@@ -98,6 +98,8 @@ def _check(name: str, x: Tensor, like: Tensor) -> None:
 
 def _counts(tokens: Tensor, like: Tensor) -> Tensor:
     """Tokens of each chosen completion, at least one each."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"chosen_tokens: got {tokens!r}, wanted a tensor [N] of counts")
     if tokens.shape != like.shape:
         raise ValueError(f"chosen_tokens: got shape {list(tokens.shape)}, wanted {list(like.shape)}")
     return tokens.detach().to(like.device, like.dtype).clamp(min=1)

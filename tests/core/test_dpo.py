@@ -123,6 +123,7 @@ def test_packed_completions() -> None:
         ({"ref_chosen": torch.zeros(3)}, ValueError, r"ref_chosen: got shape \[3\]"),
         ({"logp_rejected": torch.zeros(2, dtype=torch.long)}, TypeError, "logp_rejected: got torch.int64"),
         ({"logp_chosen": -1.0}, TypeError, "logp_chosen: got -1.0"),
+        ({"chosen_tokens": [3, 5]}, TypeError, r"chosen_tokens: got \[3, 5\]"),
         ({"chosen_tokens": torch.ones(3)}, ValueError, r"chosen_tokens: got shape \[3\]"),
     ],
 )
