@@ -76,6 +76,10 @@ def row(kind: str, options: tuple[str, ...] = ()) -> Row:
     [
         ("multiple choice", ["B", "b", "B. blue", "(B)", "blue"], "B"),
         ("numerical", ["4", "4.0", " 4.00 ", "+4"], "4"),
+        ("numerical", ["1,000", "1000.0", "1e3"], "1000"),
+        ("numerical", ["50 %", "50%", "50 percent"], "50 %"),
+        ("free-form", ["1,2"], "1,2"),  # a list, not 12
+        ("free-form", ["12345678901"], "12345678901"),
         ("free-form", ["A  Red ring", "a red\nring"], "a red ring"),
         ("free-form", ["", " "], None),
     ],

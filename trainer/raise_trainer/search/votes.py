@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import raise_core as rc
-from raise_core.graders import option_letter
+from raise_core.graders import option_letter, parse_number
 
 from ..rows import Row
 
@@ -32,10 +32,8 @@ def answer_key(row: Row, text: str) -> str | None:
         return None
     if row.problem_type == "multiple choice":
         return option_letter(answer) or _letter_of(row, answer)
-    try:
-        return f"{float(answer.replace(',', '')):.10g}"
-    except ValueError:
-        return answer
+    number = parse_number(answer)
+    return answer if number is None else f"{number.value:.15g} {number.unit}".strip()
 
 
 def _letter_of(row: Row, answer: str) -> str:
