@@ -44,7 +44,7 @@ class StepSizes:
     grpo_steps: int = 32
     prompts: int = 8
     group_size: int = 8
-    grpo_lr: float = DemoConfig.grpo_lr
+    grpo_lr: float = 2e-4
     eval_samples: int = 4
 
     def shared(self, seed: int, out: Path) -> StepsConfig:
