@@ -157,9 +157,10 @@ def _items(
             break
         item = _item(name, bench, raw, label, number, place, root, is_r1)
         new_id = _unique(item.id, seen)
-        if new_id != item.id:
-            field = "problem_id" if isinstance(item, Question) else "id"
-            item = replace(item, **{field: new_id})
+        if isinstance(item, Refused):
+            item = replace(item, id=new_id)
+        elif new_id != item.id:
+            item = replace(item, problem_id=new_id)
         items.append(item)
     return items
 
