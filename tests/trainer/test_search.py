@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+import raise_core as rc
 from raise_core.spans import STEP_CLOSE
 from raise_trainer import cli
-from raise_trainer.chain_judge import ChainJudge
+from raise_trainer.chain_judge import ChainJudge, Judged
 from raise_trainer.errors import UserError
 from raise_trainer.prompts import PromptBuilder
 from raise_trainer.rows import Row, parse_row
@@ -136,6 +137,35 @@ def test_beam_search(how: tuple[Generation, ChainJudge, Any]) -> None:
         assert_same(again.reward, beam.rank, "reward")
     single = beam_search(generation, judge, prompts, [0, 1, 2], 1)
     assert all(tokens == len(beam.ids) for beam, tokens in single)
+
+
+def test_the_best_whole_chain_counts(how: tuple[Generation, ChainJudge, Any]) -> None:
+    """Though chains that go on are preferred to it, which the PRM below likes best whatever they say."""
+    generation, judge, builder = how
+    generation = replace(generation, max_new_tokens=40, temperature=1.8)
+    seen = list[float]()
+
+    class Fond:
+        features = judge.features
+
+        def __call__(self, inputs: Any, groups: Any, features: Any = None) -> list[list[Judged]]:
+            made = []
+            for ids in groups[0]:
+                whole = ids[-1] != generation.step_close or len(ids) == 40
+                reward = (len(ids) * 7919 % 97) / 100  # any number below that of an open chain
+                made.append(Judged(rc.StepScores((0.99,), None, (1,)), reward))
+                seen.extend([reward] * whole)
+            return [made]
+
+    fond: Any = Fond()
+    better = 0
+    for i in range(4):
+        seen.clear()
+        prompt = builder(parse_row(i, chain_world.question(i), Path(".")))
+        ((beam, _),) = beam_search(generation, fond, [prompt], [i], 6)
+        assert beam.ended and beam.rank == max(seen)
+        better += len(seen) > 1 and seen[-1] < max(seen)
+    assert better  # than the last one, in some question
 
 
 def test_tokens_of_a_question_do_not_hang_on_the_batch(how: tuple[Generation, ChainJudge, Any]) -> None:

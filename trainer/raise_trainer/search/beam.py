@@ -55,9 +55,10 @@ class Beam:
 
 @dataclass
 class _Search:
-    """One question's beams, best first, and the tokens sampled for it."""
+    """One question's beams, best first, the best whole chain seen, and the tokens sampled for it."""
 
     beams: list[Beam]
+    best: Beam | None = None
     tokens: int = 0
 
     @property
@@ -79,8 +80,10 @@ def beam_search(
 
     Each round samples n // keep next steps of every beam (n in the first), scores the chains so far, and
     keeps the `keep` best of a question, whole ones among them, which are not gone on with; it ends when all
-    kept ones are whole. So a round costs what n samples of best-of-n cost there. All questions and beams of a
-    round are one batch: media are encoded once, a beam's tokens once a round for all its next steps.
+    kept ones are whole. What counts then is the best whole chain seen: step scores say nothing of an answer,
+    and an open chain that was preferred to it may have ended badly. A round costs what n samples of best-of-n
+    cost there. All questions and beams of a round are one batch: media are encoded once, a beam's tokens once
+    a round for all its next steps.
     numbers: of the questions, which their draws depend on.
     """
     searches = [_Search([Beam()]) for _ in prompts]
@@ -114,8 +117,14 @@ def beam_search(
             done = [beam for beam in search.beams if beam.ended]
             new = [Beam(ids, j, over) for (ids, over), j in zip(some.items(), judged, strict=True)]
             search.beams = sorted([*done, *new], key=lambda beam: -beam.rank)[:keep]
+            whole = [beam for beam in new if beam.ended]
+            search.best = max([*([search.best] if search.best else []), *whole], key=_rank, default=None)
         depth += 1
-    return [(search.beams[0], search.tokens) for search in searches]
+    return [(search.best or search.beams[0], search.tokens) for search in searches]
+
+
+def _rank(beam: Beam) -> float:
+    return beam.rank
 
 
 def _draws(how: Generation, places: Sequence[tuple[int, int]], size: int, room: int) -> Tensor | None:
