@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import raise_core as rc
-from raise_core.chain import StepTokens
+from raise_core.chain import STEP_TAG
 from raise_trainer import cli, tiny, world
 from raise_trainer.chain_tokens import add_chain_tokens
-from raise_trainer.demo_prm import own_lesson
+from raise_trainer.demo_prm import Words, own_lesson
 from raise_trainer.errors import UserError
 from raise_trainer.evaluate import judge
 from raise_trainer.prm.chains import chain_text
@@ -67,19 +67,24 @@ def test_lessons_of_own_chains() -> None:
     tokenizer = processor.tokenizer
     add_chain_tokens(tiny.build_model(processor, seed=0), tokenizer)
     row = Row(1, "?", "video", "free-form", (), f"<answer>{answer_of(TRUTH)}</answer>", None, "demo/describe")
-    prompt, tokens = Prompt(row, {}, None), StepTokens.of(tokenizer)
+    prompt, words = Prompt(row, {}, None), Words(tokenizer)
 
     def lesson(text: str) -> Any:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return own_lesson(prompt, ids, tokenizer, tokens)
+        return own_lesson(prompt, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer, words)
+
+    def named(one: Any) -> list[tuple[str, str]]:
+        return [
+            (tokenizer.decode(one.chain.ids[at]).strip(), tokenizer.decode(t).strip()) for at, t in one.true
+        ]
 
     said = supervised(("red", "square", "left"))
     made = lesson(said["process"] + said["solution"])
-    assert made.labelled[1] == (1.0, 0.0, 1.0, 0.0)  # the answer follows the steps, and is wrong
-    assert [tokenizer.decode(i).strip() for i in made.true] == list(TRUTH)
+    assert made.labels == (1.0, 0.0, 1.0, 0.0)  # the answer follows the steps, and is wrong
     assert len(made.chain.positions) == 4
+    steps = [(STEP_TAG, word) for word in TRUTH]
+    assert named(made) == [*steps, ("red", "red"), ("square", "ring"), ("left", "left")]
     cut = lesson(said["process"])  # no answer, so no tag of one
-    assert cut.labelled[1] == (1.0, 0.0, 1.0) and len(cut.chain.positions) == 3
+    assert cut.labels == (1.0, 0.0, 1.0) and named(cut) == steps
     assert lesson("the colour is red") is None
 
 

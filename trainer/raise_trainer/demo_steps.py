@@ -19,7 +19,7 @@ from .chain_tokens import add_chain_tokens
 from .config import DemoConfig
 from .data import Refused, load_rows
 from .demo import check_device, open_run, save_model
-from .demo_prm import TOGETHER, Lesson, lessons, own_lessons, train_prm
+from .demo_prm import TOGETHER, Lesson, lessons, own_lessons, own_rates, train_prm
 from .dpo.step import Pair, best_and_worst, dpo_step
 from .errors import UserError
 from .evaluate import judge as right_and_match
@@ -32,7 +32,7 @@ from .search.beam import Generation
 from .search.figure import draw_curves
 from .search.questions import search_questions
 from .search.votes import TITLES, curves
-from .step_world import judged_steps, truth_of, write_step_dataset
+from .step_world import write_step_dataset
 from .steps_config import SMOKE, StepsConfig
 
 ROOM = 112  # longest completion, in tokens
@@ -70,7 +70,7 @@ def run_demo_steps(config: StepsConfig) -> Path:
     tokenizer = data.processor.tokenizer
     prm.eval().requires_grad_(False)
     judge = ChainJudge(prm, tokenizer)
-    log.write("prm", config.prm_steps, **prm_figures(judge, data, policy, config))
+    log.write("prm", config.prm_steps, **prm_figures(judge, data, policy, config, log))
     records = _search(policy, judge, data, config, log)
     rows = [_stage_figures("warm start", records)]
     log.write("evaluate", 0, **rows[0])
@@ -227,29 +227,11 @@ def _stage_figures(name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def prm_figures(judge: ChainJudge, data: World, policy: Any, config: StepsConfig) -> dict[str, float]:
+def prm_figures(
+    judge: ChainJudge, data: World, policy: Any, config: StepsConfig, log: Logbook
+) -> dict[str, float]:
     """How often the PRM is on the right side of 0.5 for the policy's own chains of unseen videos."""
-    policy.eval()
-    how = _generation(policy, data, config)
-    places = [(-1, i) for i in range(len(data.test))]
-    made = sample(
-        policy, data.test, group_size=2, max_new_tokens=ROOM, temperature=1.0, eos=how.eos,
-        suppress=how.suppress, draws=draws(config.seed, places, 2, ROOM),
-    )  # fmt: skip
-    judged = judge(made.inputs, made.groups)
-    seen = {True: [0, 0], False: [0, 0]}
-    for prompt, group, scores in zip(data.test, made.groups, judged, strict=True):
-        truth = truth_of(prompt.row)
-        for ids, one in zip(group, scores, strict=True):
-            chain = rc.parse_chain(how.tokenizer.decode(ids))
-            for (good, _), score in zip(judged_steps(chain.steps, truth), one.scores.steps, strict=True):
-                seen[good][0] += (score > 0.5) == good
-                seen[good][1] += 1
-    right, count = (seen[True][i] + seen[False][i] for i in (0, 1))
-    figures = {"own_step_accuracy": right / max(count, 1)}
-    for good, name in ((True, "own_good_found"), (False, "own_bad_found")):
-        figures[name] = seen[good][0] / max(seen[good][1], 1)
-    return figures | {"own_bad_share": seen[False][1] / max(count, 1)}
+    return own_rates(judge.scorer, own_lessons(_generation(policy, data, config), data.test, config, log))
 
 
 def _pairs(

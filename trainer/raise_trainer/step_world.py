@@ -32,6 +32,7 @@ MISTAKEN = {"red": "yellow", "yellow": "red", "green": "blue", "blue": "green"}
 MISTAKE = 0.6  # share of the warm start's ring videos whose colour is mistaken
 RIGHT = 0.4  # share of the chains for a PRM whose steps are all right; without them right answers are rare
 CORRUPT = 0.45  # share of wrong words in the others
+ASTRAY = 0.2  # share of an answer's words that do not follow from its steps, of chains for a PRM
 CHAINS = 3  # of each video for the PRM
 
 Words = tuple[str, ...]
@@ -149,11 +150,11 @@ def supervised(words: Words) -> dict[str, str]:
 
 
 def _labelled(rng: random.Random, truth: Words) -> dict[str, Any]:
-    """A chain with wrong words, and an answer that mostly follows from it, with labels that are exact."""
+    """A chain with wrong words, and an answer that follows from it in most of its own, with exact labels."""
     wrong = 0.0 if rng.random() < RIGHT else CORRUPT
     said = slipped(rng, truth, wrong)
     if truth[1] == "ring" and rng.random() < wrong:
         said = (MISTAKEN[truth[0]], *said[1:])
-    answered = slipped(rng, said, SLIP)
+    answered = slipped(rng, said, ASTRAY)
     steps = [{"name": s.name, "thought": s.thought, "reflection": s.reflection} for s in steps_of(said)]
     return {"steps": steps, "answer": answer_of(answered), "labels": labels(truth, said, answered)}

@@ -106,7 +106,7 @@ def make_seed(folder: Path, seed: int, sizes: StepSizes) -> None:
         data = prepare(config, log)
         policy, prm = learned(data, config, log)
         prm.eval().requires_grad_(False)
-        figures = prm_figures(ChainJudge(prm, data.processor.tokenizer), data, policy, config)
+        figures = prm_figures(ChainJudge(prm, data.processor.tokenizer), data, policy, config, log)
         (folder / "prm.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
