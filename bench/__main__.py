@@ -4,7 +4,6 @@ import sys
 from importlib import import_module
 
 BENCHES = {
-    "arms": "the demo's comparison of rewards, paired over seeds",
     "decoders": "decord, torchcodec and PyAV on mp4 files of several sizes",
     "loop": "a whole GRPO step against TRL's GRPOTrainer",
     "ops": "the operations against eager PyTorch and other libraries: time, memory, error",
