@@ -23,8 +23,10 @@ SCORES = {
     "answer_score": ("answer score", 3), "tokens": ("tokens", 1), "steps": ("steps", 2),
 }  # fmt: skip
 PRM = {
-    "own_step_accuracy": "steps judged rightly", "own_good_found": "true steps called good",
-    "own_bad_found": "false steps called bad", "own_bad_share": "steps that are false",
+    "own_step_accuracy": "steps judged rightly", "own_good_found": "good steps called good",
+    "own_bad_found": "bad steps called bad", "own_bad_share": "steps that are bad",
+    "own_answer_accuracy": "answers judged rightly", "own_right_found": "right answers called right",
+    "own_wrong_found": "wrong answers called wrong",
 }  # fmt: skip
 CURVES = {
     "accuracy": "accuracy", "step_score_mean": "step score", "answer_score_mean": "answer score",
