@@ -88,3 +88,14 @@ def test_a_drawing_names_every_arm_beside_its_points(
         assert [text.get_text() for text in legend.get_texts()] == [a.title for a in wanted]
         boxes = [one.get_tightbbox() for one in (legend, *figure.axes)]
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_rivals_are_compared_in_pairs() -> None:
+    found = tables.Found(
+        [record(a, s, match=m + 0.1 * s) for a, m in (("scre", 0.5), ("scre-igsr", 0.6)) for s in (0, 1)]
+    )
+    table = tables.rivals(found)
+    (row,) = [line for line in table.splitlines() if "SCRE only" in line]
+    assert row.startswith("| Video-RAISE, IGSR paper − Video-RAISE, SCRE only |")
+    assert cells(table, "SCRE only")[3].strip("*").startswith("+0.100")
+    assert len(cells(table, "SCRE only")) == 5 and len(table.splitlines()) == 3  # no description was asked

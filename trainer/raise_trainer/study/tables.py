@@ -3,6 +3,7 @@
 import json
 import statistics as plain
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 from ..world import TASKS
@@ -114,6 +115,23 @@ def consistency(found: Found) -> str:
         return lambda a: _mean(found.held_out(a.name, metric))
 
     return table(list(columns.values()), found.arms(MAIN), [cell(m) for m in columns], "held-out questions")
+
+
+def rivals(found: Found) -> str:
+    """Paired differences, on held-out questions, between the arms that reward confidence."""
+    names = ("grpo-care", "scre", "scre-igsr", "scre-igsr-balanced")
+    metrics = {
+        "accuracy": "accuracy", "answer": "Answer", "match": "Match",
+        "match/describe": "Match of descriptions", "confidence_wrong": "confidence, wrong",
+    }  # fmt: skip
+    asked = [r["figures"]["held_out"] for r in found.by.values()]
+    metrics = {m: title for m, title in metrics.items() if all(m in one for one in asked)}
+    lines = ["| difference | " + " | ".join(metrics.values()) + " |", "|---" * (len(metrics) + 1) + "|"]
+    for base, other in combinations(names, 2):
+        if found.seeds(base, other):
+            cells = [difference(found.against(base, other, "held_out", m)) for m in metrics]
+            lines.append(f"| {ARMS[other].title} − {ARMS[base].title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def tasks(found: Found) -> str:
