@@ -29,11 +29,11 @@ class StepsConfig:
     """supervised steps on right answers alone, in which the model learns to see"""
     look_batch: int = 32
     """examples in each of them"""
-    warm_steps: int = 260
+    warm_steps: int = 520
     """supervised steps on structured chains, some of them wrong"""
     own_chains: int = 2
     """chains of each training video that the warm-started policy writes for the PRM to learn from"""
-    prm_steps: int = 400
+    prm_steps: int = 450
     """steps of the PRM, which starts from the warm-started policy"""
     batch: int = 16
     """examples in a supervised step and in one of the PRM"""
