@@ -10,6 +10,7 @@ import pytest
 from raise_trainer.study import tables
 from raise_trainer.study.arms import ARMS, EXPLORATORY, MAIN
 from raise_trainer.study.figures import CURVES, FIGURES, plt
+from raise_trainer.study.records import Results
 from raise_trainer.study.world_shift import TEST_SETS
 
 METRICS = ("accuracy", "answer", "match", "confidence", "confidence_right", "confidence_wrong")
@@ -99,3 +100,10 @@ def test_rivals_are_compared_in_pairs() -> None:
     assert row.startswith("| Video-RAISE, IGSR paper − Video-RAISE, SCRE only |")
     assert cells(table, "SCRE only")[3].strip("*").startswith("+0.100")
     assert len(cells(table, "SCRE only")) == 5 and len(table.splitlines()) == 3  # no description was asked
+
+
+def test_the_readme_has_what_is_recorded() -> None:
+    root = Path(__file__).resolve().parents[2]
+    found = tables.Found(Results(root / "bench" / "results" / "study").records())
+    assert len(found.by) >= 64
+    assert tables.short(found) in (root / "README.md").read_text(encoding="utf-8")

@@ -90,6 +90,21 @@ def metric_table(found: Found, metric: str) -> str:
     return table(list(tests.values()), found.arms(MAIN), [cell(name) for name in tests], METRICS[metric])
 
 
+def short(found: Found) -> str:
+    """The README's table: held-out means, and what becomes of Match against GRPO 0/1."""
+    columns = {"accuracy": "accuracy", "answer": "the chain gives the right answer",
+               "match": "the answer follows from the chain"}  # fmt: skip
+
+    def mean(metric: str) -> Cell:
+        return lambda a: _mean(found.values(a.name, "held_out", metric))
+
+    def change(a: Arm) -> str:
+        return difference(found.against(AGAINST, a.name, "held_out", "match"))
+
+    head = [*columns.values(), f"… against {ARMS[AGAINST].title}"]
+    return table(head, found.arms(MAIN), [*(mean(m) for m in columns), change])
+
+
 def gains(found: Found) -> str:
     """Paired differences to the warm start on held-out questions."""
 
