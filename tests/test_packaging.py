@@ -226,16 +226,18 @@ def test_make_installs_once_until_setup_changes(machine: Path) -> None:
 
 
 KERNELS = "python -m raise_kernels.aot --quick --jobs 2"
+DEMO, STUDY = "raise-core demo --smoke --out", "raise-core study --quick --processes 2"
 
 
 @pytest.mark.parametrize(
     ("failing", "ran"),
     [
-        ("", ["make test", "make lint", KERNELS, "raise-core demo --smoke --out"]),
+        ("", ["make test", "make lint", KERNELS, DEMO, STUDY]),
         ("make test", ["make test"]),
         ("make lint", ["make test", "make lint"]),
         ("python", ["make test", "make lint", KERNELS]),
-        ("raise-core", ["make test", "make lint", KERNELS, "raise-core demo --smoke --out"]),
+        ("raise-core demo", ["make test", "make lint", KERNELS, DEMO]),
+        ("raise-core study", ["make test", "make lint", KERNELS, DEMO, STUDY]),
     ],
 )
 def test_ci_runs_in_order_and_stops_at_a_failure(failing: str, ran: list[str], tmp_path: Path) -> None:
