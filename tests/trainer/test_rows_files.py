@@ -61,6 +61,19 @@ def test_a_list_is_read_as_json_reads_it_however_it_is_cut_into_chunks(
     assert values(found) == items
 
 
+@pytest.mark.parametrize("chunk", range(4, 12))
+def test_a_number_is_read_whole_wherever_it_is_cut(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_files, "CHUNK", chunk)
+    items = [-0.0, 12.5, 1e300, -2.5e-7, 3]
+    text = "[-0.0,12.5,1e+300,-2.5E-7,3]"
+    assert values(write(tmp_path / "list.json", text)) == items
+    for wrong in ("[1.]", "[1.x]", "[2e+]", "[1e"):
+        with pytest.raises(UserError, match="not JSON"):
+            write(tmp_path / "wrong.json", wrong)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
 @given(
     items=st.lists(st.dictionaries(st.text(), JSON), max_size=6),

@@ -217,11 +217,15 @@ def _list_bounds(file: Path, first: bytes, at: int, more: Callable[[], bytes]) -
 
 
 def _value_end(text: _Text, decoder: json.JSONDecoder, number: int, place: int) -> int:
-    """Where the value at `place` ends. It is known to end there only when something follows it."""
+    """Where the value at `place` ends. It is known to end there only when something else follows it.
+
+    At the end of what is read, a number may go on: of -0.5 the text "-0." is a 0 and a point.
+    """
     while True:
         try:
             end = decoder.raw_decode(text.text, place)[1]
-            if end < len(text.text) or not text.grow():
+            rest = text.text[end : end + 3]  # no part of a number is longer that needs what follows: "e+"
+            if len(rest) == 3 or rest[:1] not in ("", ".", "e", "E") or not text.grow():
                 return end
         except json.JSONDecodeError as error:
             if len(text.text) - place > LONGEST_ROW or not text.grow():
