@@ -283,6 +283,7 @@ def test_the_command(server: FakeChat, tmp_path: Path, monkeypatch: Any, capsys:
     ("options", "said"),
     [(["--batch", "0"], "--batch 0"), (["--max-new-tokens", "0"], "--max-new-tokens 0"),
      (["--threshold", "nan"], "--threshold nan"), (["--timeout", "0"], "--timeout 0"),
+     (["--timeout", "inf"], "--timeout inf"),
      (["--rewards", "rlpr"], "expected NAME=FILE")],
 )  # fmt: skip
 def test_wrong_arguments(options: list[str], said: str) -> None:

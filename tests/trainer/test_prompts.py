@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    MambaConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
+    Qwen2Config,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
@@ -25,7 +27,7 @@ from raise_trainer.errors import BadMedia, BadRow, UserError
 from raise_trainer.media.loader import MediaLoader
 from raise_trainer.media.sampling import Sampling
 from raise_trainer.prompt_template import PromptTemplate
-from raise_trainer.prompts import Prompt, PromptBuilder
+from raise_trainer.prompts import Prompt, PromptBuilder, context_length
 from raise_trainer.rows import Row, parse_row
 from raise_trainer.train_config import check
 
@@ -267,3 +269,9 @@ def test_a_chat_template_without_a_place_for_the_medium_stops_the_run(root: Path
     whole.chat_template = TEMPLATE.replace("<|video_pad|>", "")
     with pytest.raises(UserError, match=r"puts 0 '<\|video_pad\|>' for one video; expected 1"):
         PromptBuilder(whole, frames=8, max_length=400)(row(root, "video", "a.mp4"))
+
+
+def test_a_model_without_a_limit_is_named() -> None:
+    assert context_length(Qwen2Config(max_position_embeddings=77)) == 77
+    with pytest.raises(UserError, match="model type 'mamba'"):
+        context_length(MambaConfig())

@@ -50,8 +50,7 @@ class Feed:
         sampler = RowSampler(
             len(source), per_step=config.prompts, seed=config.seed, rank=ranks.rank(), world=ranks.size()
         )
-        text = policy.model.config.get_text_config()
-        room = int(text.max_position_embeddings) - config.max_new_tokens
+        room = policy.context - config.max_new_tokens
         builder = PromptBuilder.configured(policy.processor, config, max_length=room)
         cache = None
         if config.frame_cache is not None:

@@ -10,7 +10,7 @@ import raise_core as rc
 
 from .errors import UserError
 from .liger import check_liger, use_liger
-from .prompts import base_of, load_processor
+from .prompts import base_of, context_length, load_processor
 from .train_config import TrainConfig
 
 ATTENTION = {"flash": "flash_attention_2"}  # names of transformers
@@ -28,6 +28,11 @@ class Policy:
     tokenizer: Any
     eos: list[int]
     suppress: list[int]
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its completion have together."""
+        return context_length(self.model.config)
 
 
 def load_policy(config: TrainConfig, device: torch.device) -> Policy:

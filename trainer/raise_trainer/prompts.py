@@ -258,12 +258,23 @@ def load_processor(model: str) -> tuple[Any, int]:
         about = transformers.AutoConfig.from_pretrained(whole)
         sees = type(about) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         reader = transformers.AutoProcessor if sees else transformers.AutoTokenizer
-        return reader.from_pretrained(model), int(about.get_text_config().max_position_embeddings)
+        return reader.from_pretrained(model), context_length(about)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model {model!r}: cannot be loaded ({reason}); name a folder that is there, or a Hugging Face id"
         ) from None
+
+
+def context_length(config: Any) -> int:
+    """Tokens of a model's context, by its Hugging Face config. UserError for a model that has no limit."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is None:
+        raise UserError(
+            f"model type {config.model_type!r}: its config names no max_position_embeddings, which "
+            "prompts are measured by; set one in its config.json"
+        )
+    return int(most)
 
 
 def target_ids(row: Row, tokenizer: Any) -> list[int]:

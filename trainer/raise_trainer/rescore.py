@@ -166,7 +166,7 @@ class _Rescorer:
     def __init__(self, config: TrainConfig, policy: Policy, groups: Sequence[Group]) -> None:
         self.config, self.policy = config, policy
         longest = max(len(m.ids) for group in groups for m in group.members)
-        context = int(policy.model.config.get_text_config().max_position_embeddings)
+        context = policy.context
         self.builder = PromptBuilder.configured(policy.processor, config, max_length=context - longest)
         self.scorer = rc.Scorer(policy.model, max_tokens=config.micro_tokens)
         self.method = Method.of(config)

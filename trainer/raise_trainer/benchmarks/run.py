@@ -119,7 +119,7 @@ def ask(
 ) -> None:
     """Take the missing answers and append them, a batch at a time."""
     policy = _policy(settings, device)
-    context = int(policy.model.config.get_text_config().max_position_embeddings)
+    context = policy.context
     room = context - settings.max_new_tokens
     if room < 1:
         raise UserError(

@@ -66,8 +66,8 @@ def parse(arguments: Sequence[str]) -> "Settings":
             raise UserError(f"--{option} {getattr(given, name)}: expected {least} or more")
     if not 0 < given.threshold <= 1:
         raise UserError(f"--threshold {given.threshold}: expected a number above 0, at most 1")
-    if not given.timeout > 0:
-        raise UserError(f"--timeout {given.timeout}: expected seconds, more than 0")
+    if not 0 < given.timeout < float("inf"):
+        raise UserError(f"--timeout {given.timeout}: expected seconds, a finite number above 0")
     pairs = [one.partition("=") for one in given.rewards]
     if wrong := [
         one for one, (name, _, file) in zip(given.rewards, pairs, strict=True) if not name or not file

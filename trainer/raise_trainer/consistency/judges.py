@@ -127,7 +127,7 @@ class ModelJudge:
         )
         policy = load_policy(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         policy.model.eval()
-        room = int(policy.model.config.get_text_config().max_position_embeddings) - self.max_new_tokens
+        room = policy.context - self.max_new_tokens
         template = PromptTemplate(text="{question}")
         builder = PromptBuilder(policy.processor, max_length=room, frames=2, template=template)
         longest_first = sorted(prompts, key=len, reverse=True)

@@ -98,7 +98,7 @@ def _sample_paths(
         config.prm, policy.tokenizer, share=config.step_share, device=device, dtype=config.dtype,
         attention=config.attention, micro_tokens=config.micro_tokens,
     )  # fmt: skip
-    room = int(policy.model.config.get_text_config().max_position_embeddings) - config.max_new_tokens
+    room = policy.context - config.max_new_tokens
     builder = PromptBuilder.configured(policy.processor, training, max_length=room)
     cache = None if config.frame_cache is None else FrameCache(config.frame_cache, max_bytes=CACHE_BYTES)
     with (

@@ -112,7 +112,7 @@ def _by_rollouts(config: LabelConfig) -> Labeller:
     training = config.training()
     policy = load_policy(training, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     policy.model.eval()
-    room = int(policy.model.config.get_text_config().max_position_embeddings) - config.max_new_tokens
+    room = policy.context - config.max_new_tokens
     builder = PromptBuilder.configured(policy.processor, training, max_length=room)
 
     def label(number: int, row: Row) -> Labels:

@@ -56,7 +56,7 @@ def score_rows(
     policy.model.eval()
     step_tokens(policy.tokenizer)
     scorer = rc.StepScorer(rc.Scorer(policy.model, max_tokens=config.micro_tokens), policy.tokenizer)
-    room = int(policy.model.config.get_text_config().max_position_embeddings)
+    room = policy.context
     builder = PromptBuilder.configured(policy.processor, config, max_length=room)
     source, found = RowSource.open(config.data, config.sampling), Agreement()
     with MediaLoader(workers=config.workers) as loader, out.open("w", encoding="utf-8") as file:

@@ -129,7 +129,7 @@ def _search_rest(
         attention=config.attention, micro_tokens=config.micro_tokens,
     )  # fmt: skip
     how = generation(policy, config)
-    room = int(policy.model.config.get_text_config().max_position_embeddings) - config.max_new_tokens
+    room = policy.context - config.max_new_tokens
     builder = PromptBuilder.configured(policy.processor, config, max_length=room)
     cache = None if config.frame_cache is None else FrameCache(config.frame_cache, max_bytes=CACHE_BYTES)
     with MediaLoader(workers=config.workers, cache=cache) as loader:
