@@ -167,6 +167,7 @@ def work(rank: int, folder: str) -> None:
         wrapped = nn.parallel.DistributedDataParallel(model(torch.float32, False))
         reference = rc.EmaReference(wrapped, every=1)
         assert reference.update(wrapped, 1) and type(reference.model) is Net
+        dist.barrier()  # a process that closes while another still connects takes it down
     finally:
         dist.destroy_process_group()
 

@@ -182,6 +182,7 @@ def work(rank: int, folder: str) -> None:
         check_mixed_precision()
         check_autocast()
         check_refused()
+        dist.barrier()  # a process that closes while another still connects takes it down
     finally:
         dist.destroy_process_group()
 

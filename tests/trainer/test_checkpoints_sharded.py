@@ -183,6 +183,7 @@ def work(rank: int, folder: str) -> None:
         one = Path(folder) / "one"
         check_from_one(one, torch.load(one / "saved.pt"))
         check_failures(one)
+        dist.barrier()  # a process that closes while another still connects takes it down
     finally:
         dist.destroy_process_group()
 

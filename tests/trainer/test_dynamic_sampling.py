@@ -199,6 +199,7 @@ def work(rank: int, folder: str) -> None:
             },
             f"{folder}/{rank}.pt",
         )
+        dist.barrier()  # a process that closes while another still connects takes it down
     finally:
         dist.destroy_process_group()
 

@@ -104,6 +104,7 @@ def work(rank: int, folder: str, cases: dict[str, dict[str, Any]]) -> None:
                 {"weights": model.state_dict(), "figures": [o.figures for o in outcomes]},
                 f"{folder}/{name} {rank}.pt",
             )
+        dist.barrier()  # a process that closes while another still connects takes it down
     finally:
         dist.destroy_process_group()
 

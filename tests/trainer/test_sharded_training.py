@@ -97,6 +97,7 @@ def work(rank: int, folder: str) -> None:
             os.environ |= LAUNCH | {"FSDP_RESHARD_AFTER_FORWARD": str(bool(case.get("freed"))).lower()}
             mine = [i for i in range(5) if (i in case["second"]) == bool(rank)]
             torch.save(run(Path(folder), mine, case), f"{folder}/{name} {rank}.pt")
+        dist.barrier()  # a process that closes while another still connects takes it down
     finally:
         dist.destroy_process_group()
 
